@@ -1,0 +1,63 @@
+"""Execute the notebook from top to bottom, with its output in the terminal, and keep the executed copy.
+
+usage: python run_notebook.py [NOTEBOOK [EXECUTED]]
+
+NOTEBOOK defaults to mamba_ginr_cifar10.ipynb and EXECUTED to runs/NOTEBOOK. Exit status 1 if a cell fails
+(the copy then holds the outputs up to there), 130 if interrupted (training was saved; run again to go on).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+
+class TerminalClient(NotebookClient):
+    """Also prints what the cells print."""
+
+    def output(self, outs, msg, display_id, cell_index):
+        if msg["msg_type"] == "stream":
+            print(msg["content"]["text"], end="", flush=True)
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def announce(cell, **_) -> None:
+    """Print the title of a code cell as it starts."""
+    if cell.cell_type == "code":
+        print(cell.source.split("\n")[0].replace("# ", "── "), flush=True)
+
+
+def main(notebook: Path, executed: Path) -> int:
+    os.environ["TQDM_DISABLE"] = "1"  # bars would be saved as widgets that no viewer can show
+    nb = nbformat.read(notebook, as_version=4)
+    client = TerminalClient(
+        nb,
+        timeout=None,
+        resources={"metadata": {"path": str(notebook.resolve().parent)}},
+        store_widget_state=False,
+        coalesce_streams=True,
+        on_cell_start=announce,
+    )
+    client.create_kernel_manager()
+    if os.name == "posix":
+        client.km.transport = "ipc"  # other users of the machine can read what goes over TCP
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        print(f"\n{error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    except (DeadKernelError, RuntimeError):
+        print("\nInterrupted. A training that had begun was saved: the same command goes on with it.", file=sys.stderr)
+        return 130
+    finally:
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, executed)
+    return 0
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else "mamba_ginr_cifar10.ipynb")
+    sys.exit(main(source, Path(sys.argv[2]) if len(sys.argv) > 2 else Path("runs") / source.name))
