@@ -6,22 +6,36 @@ NOTEBOOK defaults to mamba_ginr_cifar10.ipynb and EXECUTED to runs/NOTEBOOK. Exi
 (the copy then holds the outputs up to there), 130 if interrupted (training was saved; run again to go on).
 """
 
+import asyncio
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 
 
 class TerminalClient(NotebookClient):
-    """Also prints what the cells print."""
+    """Also prints what the cells print, and leaves progress bars out: they are widgets, dead in a saved notebook."""
 
     def output(self, outs, msg, display_id, cell_index):
         if msg["msg_type"] == "stream":
             print(msg["content"]["text"], end="", flush=True)
+        if "application/vnd.jupyter.widget-view+json" in msg["content"].get("data", {}):
+            return None
         return super().output(outs, msg, display_id, cell_index)
+
+    async def pass_interrupts_on(self, **_) -> None:
+        """Ctrl-C interrupts the running cell, which can then save; nbclient would end the kernel."""
+
+        def interrupt() -> None:
+            self.interruption = asyncio.ensure_future(self.km.interrupt_kernel())
+
+        with contextlib.suppress(NotImplementedError):  # Windows has no such handlers
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
 
 
 def announce(cell, **_) -> None:
@@ -31,7 +45,6 @@ def announce(cell, **_) -> None:
 
 
 def main(notebook: Path, executed: Path) -> int:
-    os.environ["TQDM_DISABLE"] = "1"  # bars would be saved as widgets that no viewer can show
     nb = nbformat.read(notebook, as_version=4)
     client = TerminalClient(
         nb,
@@ -41,6 +54,7 @@ def main(notebook: Path, executed: Path) -> int:
         coalesce_streams=True,
         on_cell_start=announce,
     )
+    client.on_notebook_start = client.pass_interrupts_on
     client.create_kernel_manager()
     if os.name == "posix":
         client.km.transport = "ipc"  # other users of the machine can read what goes over TCP
@@ -48,10 +62,7 @@ def main(notebook: Path, executed: Path) -> int:
         client.execute()
     except CellExecutionError as error:
         print(f"\n{error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
-    except (DeadKernelError, RuntimeError):
-        print("\nInterrupted. A training that had begun was saved: the same command goes on with it.", file=sys.stderr)
-        return 130
+        return 130 if error.ename == "KeyboardInterrupt" else 1
     finally:
         executed.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, executed)

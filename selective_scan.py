@@ -16,6 +16,7 @@ Spaces" (arXiv 2312.00752), Section 3.2 and Algorithm 2:
 
 import importlib
 import importlib.util
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -167,8 +168,8 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
         return "torch", "the CUDA kernel of mamba-ssm needs a GPU"
     fault = mamba_ssm_fault(device)
     if not fault:
-        return "mamba_ssm", "CUDA kernel"
-    return "torch", f"SLOW, some 15 times slower than a CUDA kernel: {fault}"
+        return "mamba_ssm", f"CUDA kernel, release {getattr(sys.modules.get('mamba_ssm'), '__version__', 'unknown')}"
+    return "torch", f"SLOW, a training step takes some 80 times as long as with the CUDA kernel: {fault}"
 
 
 def mamba_ssm_fault(device: torch.device | str) -> str:

@@ -1,0 +1,66 @@
+"""The tests import the notebook's own code cells, written to a temporary module, and run them as a script too."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "mamba_ginr_cifar10.ipynb"
+sys.path.insert(0, str(ROOT))
+for name in [n for n in os.environ if n.startswith("MAMBA_GINR_")]:
+    del os.environ[name]  # settings of the person who runs the tests must not change them
+
+
+def notebook_cells(kind: str, path: Path = NOTEBOOK) -> list[dict]:
+    """Cells of a kind, "code" or "markdown", with their sources joined."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**c, "source": "".join(c["source"])} for c in cells if c["cell_type"] == kind]
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory) -> Path:
+    """The code cells in one file: a module to import, and a program when it is run."""
+    path = tmp_path_factory.mktemp("notebook") / "notebook_cells.py"
+    path.write_text("\n\n\n".join(cell["source"] for cell in notebook_cells("code")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def nb(script):
+    """The notebook as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_script(script, tmp_path):
+    """Run the notebook as a program in an empty folder, with settings; returns the finished process."""
+
+    def run(timeout: float = 120, cwd: Path = tmp_path, **settings) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+        environment |= {f"MAMBA_GINR_{name}": str(value) for name, value in settings.items()}
+        command = [sys.executable, str(script)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def tiny(nb):
+    """Build a model small enough for a test, always with the same weights."""
+
+    def build(seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        config = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 1, "d_state": 4, "num_lp": 16}
+        return nb.MambaGINR(**{**config, "decoder_dim": 32, "decoder_blocks": 1, "num_frequencies": 8, **changes})
+
+    return build

@@ -1,0 +1,278 @@
+"""The model: Mamba's parameters, the two directions, LP tokens, coordinates, the bias, decoding, PSNR."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio
+
+from selective_scan import mamba_ssm_fault
+
+
+def mamba_ssm_shapes(dim, d_state=16, d_conv=4, expand=2):
+    """Names and shapes of a mamba_ssm.Mamba state dict (mamba_simple.py of release 2.3.2)."""
+    inner, rank = expand * dim, math.ceil(dim / 16)
+    return {
+        "A_log": (inner, d_state),
+        "D": (inner,),
+        "in_proj.weight": (2 * inner, dim),
+        "conv1d.weight": (inner, 1, d_conv),
+        "conv1d.bias": (inner,),
+        "x_proj.weight": (rank + 2 * d_state, inner),
+        "dt_proj.weight": (inner, rank),
+        "dt_proj.bias": (inner,),
+        "out_proj.weight": (dim, inner),
+    }
+
+
+def test_a_mamba_ssm_state_dict_loads(nb):
+    state = {name: torch.randn(shape) for name, shape in mamba_ssm_shapes(40).items()}
+    mamba = nb.Mamba(40)
+    mamba.load_state_dict(state)
+    assert {k: tuple(v.shape) for k, v in mamba.state_dict().items()} == mamba_ssm_shapes(40)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_mamba_equals_mamba_ssm(nb):
+    if fault := mamba_ssm_fault("cuda"):
+        pytest.skip(fault)
+    import mamba_ssm
+
+    torch.manual_seed(0)
+    theirs, ours, x = mamba_ssm.Mamba(64).cuda(), nb.Mamba(64).cuda(), torch.randn(2, 33, 64, device="cuda")
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_mamba_starts_as_mamba_ssm_does(nb):
+    torch.manual_seed(0)
+    mamba = nb.Mamba(64, d_state=8)
+    assert torch.allclose(mamba.A_log.exp(), torch.arange(1.0, 9).expand(128, 8))
+    assert torch.equal(mamba.D, torch.ones(128))
+    delta = F.softplus(mamba.dt_proj.bias)
+    assert 0.001 <= delta.min() < 0.002
+    assert 0.05 < delta.max() <= 0.1001
+    assert mamba.dt_proj.weight.abs().max() <= mamba.dt_rank**-0.5
+
+
+def test_mamba_is_causal_and_bimamba_is_not(nb):
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, 16)
+    changed = x.clone()
+    changed[:, 7] += 1
+    mamba, bimamba = nb.Mamba(16), nb.BiMamba(16)
+    assert torch.equal(mamba(x)[:, :7], mamba(changed)[:, :7])
+    assert (bimamba(x)[:, 0] - bimamba(changed)[:, 0]).abs().max() > 0
+
+
+def test_reversing_the_input_swaps_the_directions(nb):
+    torch.manual_seed(0)
+    bimamba = nb.BiMamba(16)
+    bimamba.backward_mamba.load_state_dict(bimamba.forward_mamba.state_dict())
+    x = torch.randn(2, 11, 16)
+    forward, backward = bimamba.directions(x)
+    forward_of_reversed, backward_of_reversed = bimamba.directions(x.flip(1))
+    assert (forward - backward).abs().max() > 1e-3
+    assert torch.equal(forward_of_reversed, backward.flip(1))
+    assert torch.equal(backward_of_reversed, forward.flip(1))
+
+
+def test_both_residuals_of_the_last_block_are_kept(nb):
+    torch.manual_seed(0)
+    encoder, x = nb.MambaEncoder(16, depth=2), torch.randn(1, 6, 16)
+    last = encoder.blocks[-1]
+    torch.nn.init.zeros_(last.mixer.join.weight), torch.nn.init.zeros_(last.mixer.join.bias)
+    torch.nn.init.zeros_(last.feed_forward[-1].weight), torch.nn.init.zeros_(last.feed_forward[-1].bias)
+    # A block whose branches say nothing must hand on what came in.
+    assert torch.equal(encoder(x), encoder.norm(encoder.blocks[0](x)))
+
+
+@pytest.mark.parametrize(
+    ("num_lp", "num_patches"), [(2, 1), (2, 16), (5, 16), (16, 16), (17, 16), (256, 256), (64, 256)]
+)
+def test_lp_tokens_go_in_evenly_and_come_out_whole(nb, num_lp, num_patches):
+    lp, length = nb.LearnablePositionTokens(num_lp, num_patches, 4), num_lp + num_patches
+    patches = torch.randn(3, num_patches, 4)
+    sequence = lp.insert(patches)
+    places = [math.floor(i * (length - 1) / (num_lp - 1)) for i in range(num_lp)]
+    assert sequence.shape == (3, length, 4)
+    assert lp.places.tolist() == places
+    assert places[0] == 0
+    assert places[-1] == length - 1
+    assert torch.equal(sequence[:, places], lp.tokens.expand(3, -1, -1))
+    assert torch.equal(lp.extract(sequence), lp.tokens.expand(3, -1, -1))
+    rest = [i for i in range(length) if i not in set(places)]
+    assert torch.equal(sequence[:, rest], patches)
+
+
+def test_lp_token_i_of_256_stands_beside_patch_i(nb):
+    lp = nb.LearnablePositionTokens(256, 256, 4)
+    assert lp.patch.tolist() == list(range(256))
+    where = lp.order.argsort()  # place in the sequence of [LP tokens, patches]
+    assert (where[256:] - where[:256]).abs().max() <= 2
+
+
+def test_lp_tokens_start_as_sinusoids(nb):
+    tokens = nb.LearnablePositionTokens(16, 16, 8).tokens
+    for i in (0, 3, 15):
+        for k in range(4):
+            angle = i / 10_000 ** (2 * k / 8)
+            assert tokens[i, 2 * k].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert tokens[i, 2 * k + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_lp", [0, 1, 18])
+def test_a_number_of_lp_tokens_that_does_not_fit(nb, num_lp):
+    with pytest.raises(ValueError, match=rf"num_lp must lie in 2 … num_patches \+ 1 = 17, got {num_lp}"):
+        nb.LearnablePositionTokens(num_lp, 16, 4)
+
+
+def test_grid_holds_pixel_centres_in_raster_order(nb):
+    grid = nb.pixel_grid(4)
+    assert grid.shape == (16, 2)
+    for index in range(16):
+        row, column = divmod(index, 4)
+        assert grid[index].tolist() == [(row + 0.5) / 4, (column + 0.5) / 4]
+
+
+def test_patches_are_cut_in_raster_order(nb):
+    embedding = nb.PatchEmbedding(4, 2, 12, 1.0, 0)
+    embedding.to_token.weight.data = torch.eye(12)
+    for layer in (embedding.to_token, embedding.to_position):
+        torch.nn.init.zeros_(layer.bias)
+    torch.nn.init.zeros_(embedding.to_position.weight)
+    image = torch.arange(48.0).view(1, 3, 4, 4)
+    tokens = embedding(image)[0].view(4, 2, 2, 3)  # patch, row in it, column in it, channel
+    for patch in range(4):
+        row, column = divmod(patch, 2)
+        expected = image[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0)
+        assert torch.equal(tokens[patch], expected)
+
+
+def test_bias_is_two_dimensional_and_in_units_of_a_patch(nb, tiny):
+    decoder = tiny().decoder  # 4×4 patches
+    bias = decoder.bias(torch.tensor([[0.125, 0.125]]))[0].view(4, 4)  # asked at the centre of patch (0, 0)
+    for row in range(4):
+        for column in range(4):
+            assert bias[row, column].item() == pytest.approx(-10.0 * (row**2 + column**2), abs=1e-4)
+
+
+def test_fourier_frequencies_are_drawn_once(nb, tiny):
+    coords = torch.rand(5, 2)
+    a, b = nb.FourierFeatures(8, 10.0, seed=3), nb.FourierFeatures(8, 10.0, seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(a(coords), b(coords))
+    assert torch.equal(a(coords), a(coords))
+    assert not torch.equal(a(coords), nb.FourierFeatures(8, 10.0, seed=4)(coords))
+    assert nb.FourierFeatures(4096, 10.0, 0).frequencies.std().item() == pytest.approx(10, rel=0.05)
+    names = [name for name in tiny().state_dict() if name.endswith("frequencies")]
+    assert len(names) == 2  # of the patches and of the queries
+    assert not any(name.endswith("frequencies") for name, _ in tiny().named_parameters())
+
+
+def test_fourier_features_of_a_known_frequency(nb):
+    features = nb.FourierFeatures(1, 1.0, 0)
+    features.frequencies.copy_(torch.tensor([[2.0], [1.0]]))
+    angle = 2 * math.pi * (2 * 0.3 + 0.9)
+    assert features(torch.tensor([0.3, 0.9])).tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-5)
+
+
+def test_psnr_is_scikit_images(nb):
+    rng = np.random.default_rng(0)
+    target = rng.random((4, 8, 8, 3), dtype=np.float32)
+    prediction = target + rng.normal(0, 0.3, target.shape).astype(np.float32)  # some values leave [0, 1]
+    ours = nb.psnr(torch.from_numpy(prediction), torch.from_numpy(target))
+    theirs = [peak_signal_noise_ratio(t, p, data_range=1.0) for t, p in zip(target, prediction)]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-3)
+
+
+def test_evaluate_reports_each_number_as_defined(nb, tiny):
+    class Constant(torch.nn.Module):
+        image_size = 8
+
+        def forward(self, images, coords):
+            return images.flatten(2).transpose(1, 2) + offset[: len(images)]
+
+    images = torch.randint(1, 254, (3, 3, 8, 8), dtype=torch.uint8)
+    offset = torch.tensor([0.4, 0.6, 3.0]).view(3, 1, 1) / 255  # only the first rounds back to what it was
+    metrics = nb.evaluate(Constant(), images, batch_size=3)
+    errors = (offset.flatten().double() ** 2).tolist()
+    assert metrics["psnr_mean"] == pytest.approx(np.mean([-10 * math.log10(e) for e in errors]), abs=1e-2)
+    assert metrics["psnr_of_mean_mse"] == pytest.approx(-10 * math.log10(np.mean(errors)), abs=1e-2)
+    assert metrics["psnr_worst"] == pytest.approx(-10 * math.log10(max(errors)), abs=1e-2)
+    assert metrics["bit_exact_share"] == pytest.approx(1 / 3)
+
+
+def test_evaluate_does_not_depend_on_the_batch(nb, tiny):
+    model, images = tiny().eval(), torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    whole, parts = nb.evaluate(model, images, 7), nb.evaluate(model, images, 2)
+    assert whole == pytest.approx(parts, abs=1e-3)
+
+
+def test_any_resolution_and_any_chunk_decode_alike(nb, tiny):
+    model = tiny().eval()
+    with torch.no_grad():
+        latents = model.encode(torch.rand(2, 3, 8, 8))
+        for size in (1, 5, 8, 24):
+            whole = model.decode(latents, nb.pixel_grid(size))
+            assert whole.shape == (2, size**2, 3)
+            for chunk in (1, 7, 1000):
+                if size * size / chunk <= 100:
+                    assert torch.allclose(model.decode(latents, nb.pixel_grid(size), chunk), whole, atol=1e-5)
+
+
+def test_a_query_does_not_depend_on_the_others(nb, tiny):
+    model, coords = tiny().eval(), torch.rand(50, 2)
+    with torch.no_grad():
+        latents = model.encode(torch.rand(1, 3, 8, 8))
+        together = model.decode(latents, coords)
+        alone = torch.cat([model.decode(latents, coords[i : i + 1]) for i in range(50)], dim=1)
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_coordinates_of_each_image_or_shared(nb, tiny):
+    model, coords = tiny().eval(), torch.rand(2, 6, 2)
+    with torch.no_grad():
+        latents = model.encode(torch.rand(2, 3, 8, 8))
+        own = model.decode(latents, coords)
+        shared = [model.decode(latents, coords[i])[i] for i in range(2)]
+    assert torch.allclose(own, torch.stack(shared), atol=1e-5)
+
+
+def test_images_of_a_wrong_kind_are_named(tiny):
+    model = tiny()
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 8, 8\), float in \[0, 1\], got \(1, 3, 9, 8\)"):
+        model.encode(torch.rand(1, 3, 9, 8))
+    with pytest.raises(ValueError, match=r"got \(1, 3, 8, 8\) torch.uint8"):
+        model.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_a_patch_size_that_does_not_fit(tiny):
+    with pytest.raises(ValueError, match="patch_size 3 must divide image_size 8"):
+        tiny(patch_size=3)
+
+
+def test_the_default_model_has_the_sizes_of_the_figure(nb):
+    model = nb.MambaGINR()
+    shapes = {}
+    for name in ("patch_embedding", "encoder", "decoder.fourier", "decoder.attention", "decoder.mix", "decoder"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
+    with torch.no_grad():
+        latents = model.encode(torch.rand(1, 3, 32, 32))
+        model.decode(latents, torch.rand(10, 2))
+    assert latents.shape == (1, 256, 256)
+    assert shapes == {
+        "patch_embedding": (1, 256, 256),
+        "encoder": (1, 512, 256),
+        "decoder.fourier": (1, 10, 64),
+        "decoder.attention": (1, 10, 512),
+        "decoder.mix": (1, 10, 512),
+        "decoder": (1, 10, 3),
+    }
+    # 4 bytes each: a float32 checkpoint stays under 50 MB.
+    assert sum(p.numel() for p in model.parameters()) == 12_028_931

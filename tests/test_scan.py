@@ -1,0 +1,214 @@
+"""The selective scan: against a plain recurrence in float64, gradients too, and the choice of its backend."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import selective_scan as scan_module
+from selective_scan import selective_scan
+
+# Largest error relative to the largest value, outputs and gradients: a few units in the last place, grown over time.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+OPTIONS = {
+    "plain": (),
+    "D": ("D",),
+    "z": ("z",),
+    "softplus": ("delta_bias", "softplus"),
+    "all": ("D", "z", "delta_bias", "softplus"),
+}
+
+
+def make_inputs(length, options, dtype, batch=2, channels=3, d_state=4, device="cpu"):
+    """Seeded inputs of selective_scan; the parameters A, D and delta_bias stay float32 beside bfloat16 inputs."""
+    generator = torch.Generator().manual_seed(length)
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    sequence = (batch, length, channels)
+    inputs = {
+        "u": draw(*sequence),
+        "delta": draw(*sequence) if "softplus" in options else draw(*sequence).abs(),
+        "A": -draw(channels, d_state, dtype=parameter_dtype).exp(),
+        "B": draw(batch, length, d_state),
+        "C": draw(batch, length, d_state),
+        "D": draw(channels, dtype=parameter_dtype) if "D" in options else None,
+        "z": draw(*sequence) if "z" in options else None,
+        "delta_bias": draw(channels, dtype=parameter_dtype) if "delta_bias" in options else None,
+    }
+    return {k: None if v is None else v.requires_grad_() for k, v in inputs.items()}
+
+
+def reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """The recurrence as the paper writes it, one channel and one state at a time, in float64."""
+    batch, length, channels = u.shape
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    rows = []
+    for b in range(batch):
+        for d in range(channels):
+            h = [u.new_zeros(()) for _ in range(A.shape[1])]
+            for t in range(length):
+                for n in range(A.shape[1]):
+                    h[n] = torch.exp(delta[b, t, d] * A[d, n]) * h[n] + delta[b, t, d] * B[b, t, n] * u[b, t, d]
+                y = sum(C[b, t, n] * h[n] for n in range(A.shape[1]))
+                y = y if D is None else y + D[d] * u[b, t, d]
+                rows.append(y if z is None else y * z[b, t, d] * torch.sigmoid(z[b, t, d]))
+    return torch.stack(rows).view(batch, channels, length).transpose(1, 2)
+
+
+def relative_error(value, truth):
+    return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torch_backend_equals_the_recurrence(options, length, dtype):
+    softplus = "softplus" in OPTIONS[options]
+    inputs = make_inputs(length, OPTIONS[options], dtype)
+    exact = {k: None if v is None else v.detach().double().requires_grad_() for k, v in inputs.items()}
+    y, truth = (
+        selective_scan(**inputs, delta_softplus=softplus, backend="torch"),
+        reference(**exact, delta_softplus=softplus),
+    )
+    assert y.dtype == dtype
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    used = [k for k, v in inputs.items() if v is not None]
+    gradients = torch.autograd.grad((y.double() * weights).sum(), [inputs[k] for k in used])
+    true_gradients = torch.autograd.grad((truth * weights).sum(), [exact[k] for k in used])
+    for name, gradient, true_gradient in zip(used, gradients, true_gradients):
+        # Where nothing has decayed yet, a gradient can be zero: then both must be.
+        assert relative_error(gradient, true_gradient) < TOLERANCE[dtype], name
+
+
+def test_gradients_by_finite_differences():
+    inputs = make_inputs(5, OPTIONS["all"], torch.float64, batch=1, channels=2, d_state=2)
+    assert torch.autograd.gradcheck(lambda *a: selective_scan(*a, delta_softplus=True), tuple(inputs.values()))
+
+
+def test_autocast_leaves_the_state_in_float32():
+    inputs = make_inputs(33, OPTIONS["all"], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = selective_scan(**inputs, delta_softplus=True)
+    assert torch.equal(inside, selective_scan(**inputs, delta_softplus=True))
+
+
+def test_empty_sequence():
+    inputs = {
+        k: v if v is None or v.dim() < 3 else v[:, :0] for k, v in make_inputs(2, OPTIONS["all"], torch.float32).items()
+    }
+    assert selective_scan(**inputs).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["delta", "B", "C", "D", "z", "delta_bias"])
+def test_a_wrong_shape_is_named(name):
+    inputs = make_inputs(4, OPTIONS["all"], torch.float32)
+    inputs[name] = inputs[name].detach()[..., :-1]
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(.*\), got \("):
+        selective_scan(**inputs)
+
+
+def test_a_wrong_rank_is_named():
+    inputs = make_inputs(4, (), torch.float32)
+    with pytest.raises(ValueError, match=r"u must be \(batch, length, channels\)"):
+        selective_scan(**{**inputs, "u": inputs["u"][0]})
+
+
+def test_an_unknown_backend_lists_the_known():
+    with pytest.raises(ValueError, match="auto, torch, mamba_ssm"):
+        scan_module.use_backend("cuda", "cpu")
+    with pytest.raises(ValueError, match="auto, torch, mamba_ssm"):
+        selective_scan(**make_inputs(4, (), torch.float32), backend="cuda")
+
+
+def test_the_cpu_takes_torch_and_says_why():
+    name, why = scan_module.use_backend("auto", "cpu")
+    assert name == "torch"
+    assert "needs a GPU" in why
+
+
+def test_mamba_ssm_by_name_on_the_cpu_is_an_error():
+    with pytest.raises(RuntimeError, match="CUDA devices only"):
+        scan_module.use_backend("mamba_ssm", "cpu")
+
+
+def install_fake(monkeypatch, error_at_import=None, scan=None):
+    """Put a mamba_ssm into sys.modules that fails in a given way; None for the whole package: not installed."""
+    monkeypatch.setattr(scan_module, "_faults", {})
+    real_import = scan_module.importlib.import_module
+
+    def fake_import(name):
+        if not name.startswith("mamba_ssm"):
+            return real_import(name)
+        if error_at_import:
+            raise error_at_import
+        return types.SimpleNamespace(selective_scan_fn=scan)
+
+    monkeypatch.setattr(scan_module.importlib, "import_module", fake_import)
+    found = scan or error_at_import
+    monkeypatch.setattr(
+        scan_module.importlib.util, "find_spec", lambda name: found and types.SimpleNamespace(name=name)
+    )
+    # The probe puts its tensors on the GPU asked for; here it gets the CPU.
+    probe = scan_module._try_mamba_ssm
+    monkeypatch.setattr(scan_module, "_try_mamba_ssm", lambda device: probe(torch.device("cpu")))
+
+
+def broken_scan(*_):
+    raise RuntimeError("selective_scan_cuda is not available.\nReinstall.")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({}, "not installed"),
+        ({"error_at_import": ModuleNotFoundError("No module", name="selective_scan_cuda")}, "without its CUDA kernel"),
+        ({"error_at_import": ModuleNotFoundError("No module", name="transformers")}, "pip install transformers"),
+        ({"error_at_import": ImportError("cannot import name 'GreedySearchDecoderOnlyOutput'")}, "does not import"),
+        ({"error_at_import": ImportError("undefined symbol: _ZN3c10")}, "undefined symbol"),
+        ({"scan": broken_scan}, "does not run (RuntimeError: selective_scan_cuda is not available.)"),
+    ],
+    ids=["absent", "no kernel", "missing dependency", "transformers clash", "other torch", "fails when called"],
+)
+def test_each_fault_of_mamba_ssm_is_told_in_one_line_and_torch_goes_on(monkeypatch, fault, said):
+    install_fake(monkeypatch, **fault)
+    name, why = scan_module.choose_backend("cuda")
+    assert name == "torch"
+    assert said in why
+    assert "SLOW" in why
+    assert "pip install" in why
+    assert "\n" not in why
+    with pytest.raises(RuntimeError, match="scan backend mamba_ssm"):
+        scan_module.use_backend("mamba_ssm", "cuda")
+
+
+def test_a_working_mamba_ssm_is_taken(monkeypatch):
+    install_fake(monkeypatch, scan=lambda u, *_: u)
+    assert scan_module.choose_backend("cuda") == ("mamba_ssm", "CUDA kernel, release unknown")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 127, 512])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_backends_agree_on_the_gpu(options, length, dtype):
+    if scan_module.choose_backend("cuda")[0] != "mamba_ssm":
+        pytest.skip(scan_module.choose_backend("cuda")[1])
+    softplus = "softplus" in OPTIONS[options]
+    inputs = make_inputs(length, OPTIONS[options], dtype, channels=64, d_state=16, device="cuda")
+    used = [k for k, v in inputs.items() if v is not None]
+    results = {}
+    for backend in ("torch", "mamba_ssm"):
+        y = selective_scan(**inputs, delta_softplus=softplus, backend=backend)
+        results[backend] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
+    for name, ours, theirs in zip(["y", *used], results["torch"], results["mamba_ssm"]):
+        assert relative_error(theirs, ours) < TOLERANCE[dtype], name

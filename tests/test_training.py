@@ -1,0 +1,497 @@
+"""Training: interruption and resumption, checkpoints good and bad, settings, schedules, data."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SETTINGS = {
+    "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "BETA2": 0.99, "WEIGHT_DECAY": 1e-4,
+    "GRADIENT_CLIP": 1.0, "SEED": 0,
+}  # fmt: skip
+STEPS = 5  # an epoch of 44 images
+
+
+@pytest.fixture
+def data(nb):
+    generator = torch.Generator().manual_seed(0)
+    train, held_out, test = (
+        torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8) for n in (44, 6, 6)
+    )
+    return nb.ImageData("noise", train, held_out, test)
+
+
+@pytest.fixture
+def start(nb, tiny, data):
+    """Train the tiny model in a folder, as cell 11 does; a fresh model each time, as after a restart."""
+
+    def run(folder, identity=None, **changes):
+        return nb.train(tiny(), data, SimpleNamespace(**{**SETTINGS, **changes}), identity or {"DIM": 16}, folder)
+
+    return run
+
+
+@pytest.fixture
+def interrupt_at(nb, monkeypatch):
+    """Send the interrupt of Jupyter's stop button while a given step, counted over the epochs, is running."""
+    schedule = nb.learning_rate
+
+    def arm(interrupted_step):
+        def learning_rate(step, *rest):
+            if step == interrupted_step:
+                signal.raise_signal(signal.SIGINT)
+            return schedule(step, *rest)
+
+        monkeypatch.setattr(nb, "learning_rate", learning_rate)
+
+    return arm
+
+
+def state_in(folder):
+    return torch.load(folder / "checkpoints/mamba_ginr_state.pth", weights_only=True)
+
+
+def tensors(tree):
+    """All tensors of nested dicts and lists, by path."""
+    if isinstance(tree, torch.Tensor):
+        return {"": tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {f"{key}/{path}": tensor for key, value in items for path, tensor in tensors(value).items()}
+
+
+def without_times(history):
+    return [{k: v for k, v in row.items() if k not in ("minutes", "ms_per_step")} for row in history]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(start, interrupt_at, tmp_path):
+    whole = start(tmp_path / "whole")
+    for step in (6, 9, 10):  # the middle, the last and the first step of an epoch
+        interrupt_at(step)
+        with pytest.raises(KeyboardInterrupt, match="saved after step"):
+            start(tmp_path / "parts")
+        saved = state_in(tmp_path / "parts")
+        assert saved["epoch"] * STEPS + saved["step"] == step + 1  # the running step was finished, no more
+    interrupt_at(None)
+    parts = start(tmp_path / "parts")
+
+    expected, found = tensors(state_in(tmp_path / "whole")), tensors(state_in(tmp_path / "parts"))
+    assert len(expected) > 50
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert without_times(parts.history) == without_times(whole.history)
+    assert len(whole.history) == SETTINGS["EPOCHS"]
+
+
+def test_a_finished_run_is_read_back_not_repeated(nb, start, monkeypatch, tmp_path):
+    first = start(tmp_path)
+    monkeypatch.setattr(nb, "learning_rate", lambda *_: pytest.fail("a step was trained"))
+    assert start(tmp_path).history == first.history
+
+
+def test_training_writes_what_it_promises(nb, start, tmp_path):
+    run = start(tmp_path)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {
+        "checkpoints/mamba_ginr_state.pth",
+        "checkpoints/mamba_ginr_best.pth",
+        "figures/psnr_curves.png",
+    }
+    _, checkpoint = nb.load_model(run.best_path)
+    best = max(run.history, key=lambda row: row["psnr_mean"])
+    assert checkpoint["metrics"] == best
+    assert run.history[0]["train_loss"] > run.history[-1]["train_loss"]
+    assert best["psnr_mean"] > run.history[0]["psnr_mean"]
+
+
+def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monkeypatch, tmp_path):
+    scores = iter([10.0, 30.0, 20.0])
+    kept, save_model = {}, nb.save_model
+    evaluate = nb.evaluate
+
+    def scripted(model, images, batch_size):
+        assert images is data.held_out
+        return {**evaluate(model, images, batch_size), "psnr_mean": next(scores)}
+
+    def spy(path, model, settings, metrics):
+        kept[metrics["epoch"]] = {k: v.clone() for k, v in model.state_dict().items()}
+        save_model(path, model, settings, metrics)
+
+    monkeypatch.setattr(nb, "evaluate", scripted)
+    monkeypatch.setattr(nb, "save_model", spy)
+    run = start(tmp_path)
+    model, checkpoint = nb.load_model(run.best_path)
+    assert checkpoint["metrics"]["epoch"] == 2
+    assert sorted(kept) == [1, 2]
+    assert all(torch.equal(v, kept[2][k]) for k, v in model.state_dict().items())
+
+
+def test_a_saved_model_gives_the_same_values(nb, tiny, tmp_path):
+    model = tiny(seed=5).eval()
+    nb.save_model(tmp_path / "m.pth", model, {"SEED": 5}, {"psnr_mean": 1.0})
+    loaded, checkpoint = nb.load_model(tmp_path / "m.pth")
+    images, coords = torch.rand(1, 3, 8, 8), torch.rand(9, 2)
+    with torch.no_grad():
+        assert torch.equal(model(images, coords), loaded(images, coords))
+    assert not loaded.training
+    assert checkpoint["settings"] == {"SEED": 5}
+
+
+def test_a_state_of_another_configuration_is_refused_and_kept(nb, start, tmp_path):
+    start(tmp_path, {"DIM": 16, "SEED": 0})
+    path = tmp_path / "checkpoints/mamba_ginr_state.pth"
+    before = path.read_bytes()
+    with pytest.raises(nb.CheckpointError, match="SEED is 0 there and 1 here") as error:
+        start(tmp_path, {"DIM": 16, "SEED": 1})
+    assert str(path) in str(error.value)
+    assert "move the file away" in str(error.value)
+    assert "DIM" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def spoil(path, how):
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    elif how == "picture":
+        Image.new("RGB", (4, 4)).save(path, format="PNG")
+    elif how == "code":
+        torch.save({"kind": print}, path)  # a pickle that names a function
+    elif how == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "picture", "code", "foreign"])
+def test_a_spoilt_file_is_named_and_kept(nb, start, how, tmp_path):
+    start(tmp_path, EPOCHS=2)
+    state, best = (tmp_path / f"checkpoints/mamba_ginr_{name}.pth" for name in ("state", "best"))
+    for path, read in [(state, lambda: start(tmp_path, EPOCHS=2)), (best, lambda: nb.load_model(best))]:
+        spoilt = spoil(path, how)
+        with pytest.raises(nb.CheckpointError) as error:
+            read()
+        assert str(path) in str(error.value)
+        assert "Move it away" in str(error.value)
+        assert path.read_bytes() == spoilt
+
+
+def test_a_missing_checkpoint_says_train_first(nb, tmp_path):
+    with pytest.raises(nb.CheckpointError, match="does not exist: train first"):
+        nb.load_model(tmp_path / "none.pth")
+
+
+def test_a_model_is_no_state_and_a_state_no_model(nb, start, tmp_path):
+    run = start(tmp_path, EPOCHS=2)
+    with pytest.raises(nb.CheckpointError, match="not a model of this notebook"):
+        nb.load_model(run.state_path)
+    run.state_path.write_bytes(run.best_path.read_bytes())
+    with pytest.raises(nb.CheckpointError, match="not a training state of this notebook"):
+        start(tmp_path, EPOCHS=2)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(nb, start, monkeypatch, tmp_path):
+    schedule, before = nb.learning_rate, []
+
+    def learning_rate(step, *rest):
+        if step == STEPS:
+            before.append((tmp_path / "checkpoints/mamba_ginr_state.pth").read_bytes())
+        return math.nan if step == STEPS + 1 else schedule(step, *rest)  # spoils the weights after that step
+
+    monkeypatch.setattr(nb, "learning_rate", learning_rate)
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of epoch 2: training stopped") as error:
+        start(tmp_path)
+    path = tmp_path / "checkpoints/mamba_ginr_state.pth"
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == before[0]
+    assert state_in(tmp_path)["epoch"] == 1
+
+
+def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_kept(nb, start, monkeypatch, tmp_path):
+    monkeypatch.setattr(nb, "learning_rate", lambda step, *_: math.nan if step == 2 * STEPS - 1 else 1e-3)
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 5 of epoch 2"):
+        start(tmp_path)
+    assert state_in(tmp_path)["epoch"] == 1
+
+
+def test_an_interrupt_after_a_bad_loss_does_not_save_it(nb, start, monkeypatch, tmp_path):
+    def learning_rate(step, *_):
+        if step == STEPS + 3:
+            signal.raise_signal(signal.SIGINT)
+        return math.nan if step == STEPS + 1 else 1e-3
+
+    monkeypatch.setattr(nb, "learning_rate", learning_rate)
+    with pytest.raises(FloatingPointError, match="step 3 of epoch 2"):
+        start(tmp_path)
+    assert state_in(tmp_path)["epoch"] == 1
+
+
+def test_kill_during_a_save_leaves_the_old_file_whole(script, tmp_path):
+    program = f"""
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(script.parent)!r})
+import notebook_cells as nb
+path = Path({str(tmp_path / "state.pth")!r})
+state = lambda n: {{"kind": "MAMBA-GINR training state", "n": n, "weights": torch.full((1000,), float(n))}}
+nb.save_atomically(path, lambda file: torch.save(state(1), file))
+def half_then_killed(file):
+    torch.save(state(2), file)
+    file.flush()
+    os.truncate(file.name, os.path.getsize(file.name) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+nb.save_atomically(path, half_then_killed)
+"""
+    root = str(sys.modules["selective_scan"].__file__.rsplit("/", 1)[0])
+    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": root, "PATH": ""}, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "state.pth", weights_only=True)["n"] == 1
+    assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which the next save writes over
+
+
+def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
+    path = tmp_path / "file"
+    nb.save_atomically(path, lambda file: file.write(b"old"))
+    with pytest.raises(ZeroDivisionError):
+        nb.save_atomically(path, lambda file: file.write(b"new" * (1 // 0)))
+    assert path.read_bytes() == b"old"
+    nb.save_atomically(path, lambda file: file.write(b"new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"new"
+
+
+def test_eight_images_are_learnt_past_40_db(nb):
+    torch.manual_seed(0)
+    images = nb.load_photos(12)[1][100:1300:150][:8]
+    model = nb.MambaGINR(image_size=12, dim=64, depth=1, d_state=8, num_lp=36, decoder_dim=128, fourier_std=5.0)
+    optimizer = nb.make_optimizer(model, 1e-3, 0.99, 0.0)
+    (images, target), coords = nb.to_batch(images), nb.pixel_grid(12)
+    for step in range(500):
+        for group in optimizer.param_groups:
+            group["lr"] = nb.learning_rate(step, 500, 40, 5e-3)
+        loss = torch.nn.functional.mse_loss(model(images, coords), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        assert nb.psnr(model(images, coords), target).mean() > 40
+
+
+def test_weight_decay_spares_what_is_no_linear_map(nb, tiny):
+    model = tiny()
+    decay, no_decay = nb.make_optimizer(model, 1e-3, 0.99, 0.1).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared = {names[id(p)] for p in no_decay["params"]}
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+    assert len(decay["params"]) + len(spared) == len(names)
+    for name, parameter in model.named_parameters():
+        assert (name in spared) == (parameter.dim() < 2 or "A_log" in name or name == "lp.tokens"), name
+    assert any(name.endswith(".D") for name in spared)
+
+
+def test_the_schedule_warms_up_and_ends_at_zero(nb):
+    rates = [nb.learning_rate(step, 100, 10, 1.0) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert nb.learning_rate(0, 100, 0, 1.0) == 1
+
+
+@pytest.mark.parametrize("changes", [{"BATCH_SIZE": 45}, {"BATCH_SIZE": 0}, {"WARMUP_EPOCHS": 3}, {"EPOCHS": 0}])
+def test_settings_that_fit_no_epoch(start, changes, tmp_path):
+    with pytest.raises(ValueError, match=r"must lie in 1 … 44 .* be less than EPOCHS"):
+        start(tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+DEFAULTS = {"EPOCHS": 40, "LEARNING_RATE": 5e-4, "DATASET": "auto", "MIXED_PRECISION": False}
+
+
+def test_settings_come_from_the_environment(nb):
+    environment = {
+        "MAMBA_GINR_EPOCHS": "7",
+        "MAMBA_GINR_LEARNING_RATE": "1e-3",
+        "MAMBA_GINR_DATASET": "folder",
+        "MAMBA_GINR_MIXED_PRECISION": "true",
+        "HOME": "/",
+    }
+    settings = nb.settings_from_environment(DEFAULTS, environment)
+    assert settings == {"EPOCHS": 7, "LEARNING_RATE": 1e-3, "DATASET": "folder", "MIXED_PRECISION": True}
+    assert nb.settings_from_environment(DEFAULTS, {}) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EPOCH", "7", r"MAMBA_GINR_EPOCH is not a setting.*MAMBA_GINR_DATASET, MAMBA_GINR_EPOCHS, MAMBA_GINR_L"),
+        ("EPOCHS", "ten", r"MAMBA_GINR_EPOCHS='ten': expected int of at least 0, such as 40"),
+        ("EPOCHS", "7.5", "expected int"),
+        ("EPOCHS", "-1", "at least 0"),
+        ("LEARNING_RATE", "nan", "expected float"),
+        ("LEARNING_RATE", "inf", "expected float"),
+        ("MIXED_PRECISION", "maybe", "expected 0, 1, false or true"),
+    ],
+)
+def test_a_wrong_setting_says_what_is_valid(nb, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        nb.settings_from_environment(DEFAULTS, {f"MAMBA_GINR_{name}": value})
+
+
+def write_images(folder, counts, size=(32, 32), mode="RGB"):
+    rng = np.random.default_rng(0)
+    for place, count in counts.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / place / f"{i}.png")
+
+
+def test_a_folder_of_images_is_read_as_it_is(nb, tmp_path):
+    write_images(tmp_path / "mine", {"train/cat": 3, "train/dog": 2, "test/cat": 1})
+    name, train, test = nb.load_folder(tmp_path / "mine")
+    assert name == "mine (folder)"
+    assert (train.shape, test.shape) == ((5, 3, 32, 32), (1, 3, 32, 32))
+    first = np.asarray(Image.open(tmp_path / "mine/train/cat/0.png"))
+    assert torch.equal(train[0], torch.from_numpy(first.copy()).permute(2, 0, 1))
+
+
+def test_images_of_other_sizes_and_modes_are_fitted_and_told(nb, tmp_path, capsys):
+    write_images(tmp_path, {"train/a": 2}, size=(50, 40), mode="L")
+    write_images(tmp_path, {"test/a": 1}, size=(20, 64), mode="RGBA")
+    _, train, test = nb.load_folder(tmp_path)
+    assert (train.shape, test.shape) == ((2, 3, 32, 32), (1, 3, 32, 32))
+    assert "3 of other sizes were cropped" in capsys.readouterr().out
+
+
+def test_a_folder_without_images_is_named(nb, tmp_path):
+    with pytest.raises(FileNotFoundError, match="reads DATA_DIR/train/<class>/") as error:
+        nb.load_folder(tmp_path / "none")
+    assert str(tmp_path / "none") in str(error.value)
+    write_images(tmp_path, {"train/a": 1})
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "test")):
+        nb.load_folder(tmp_path)
+
+
+def test_a_broken_image_is_named(nb, tmp_path):
+    write_images(tmp_path, {"train/a": 2, "test/a": 1})
+    broken = tmp_path / "train/a/1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read as an image") as error:
+        nb.load_folder(tmp_path)
+    assert str(broken) in str(error.value)
+
+
+def test_photographs_give_training_and_test_crops_apart(nb):
+    name, train, test = nb.load_photos()
+    assert "scikit-image" in name
+    assert (train.dtype, train.shape[1:], test.shape[1:]) == (torch.uint8, (3, 32, 32), (3, 32, 32))
+    assert len(train) > 1700
+    assert len(test) > 200
+    # Unflat crops at full size would be found again if a pixel of the test quarter were in a training crop.
+    textured = [t for t in test if t.float().std() > 20]
+    assert len(textured) > 50
+    assert not any((train == t).flatten(1).all(1).any() for t in textured)
+
+
+def test_auto_without_network_takes_the_photographs_and_warns(nb, monkeypatch, tmp_path, capsys):
+    def no_network(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(nb, "urlopen", no_network)
+    data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu")
+    assert data.name == "scikit-image photographs"
+    assert capsys.readouterr().out.startswith("WARNING: CIFAR-10 is neither on disk nor reachable")
+
+
+@pytest.fixture
+def fake_cifar10(nb, monkeypatch):
+    """Stands in for torchvision's class, whose files cannot be made up: it checks their MD5."""
+
+    class CIFAR10(nb.torchvision.datasets.CIFAR10):
+        def __init__(self, root, train, download):
+            rng = np.random.default_rng(int(train))
+            self.data = rng.integers(0, 256, (300 if train else 50, 32, 32, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(nb.torchvision.datasets, "CIFAR10", CIFAR10)
+    return CIFAR10
+
+
+def test_auto_takes_cifar10_from_disk_without_asking_the_network(nb, fake_cifar10, monkeypatch, tmp_path):
+    monkeypatch.setattr(nb, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu")
+    assert (data.name, len(data.train), len(data.held_out), len(data.test)) == ("CIFAR-10", 200, 100, 50)
+
+
+def test_cifar10_out_of_reach_says_what_to_do(nb, monkeypatch, tmp_path):
+    def no_network(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(nb.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    with pytest.raises(RuntimeError, match=r"downloaded \(no route\). Set DATA_DIR to the folder that holds cifar"):
+        nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 0, "cpu")
+
+
+def test_held_out_images_are_apart_and_the_same_each_time(nb, fake_cifar10, tmp_path):
+    a = nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 3, "cpu")
+    b = nb.load_data("cifar10", str(tmp_path), 100, 50, 10, 3, "cpu")
+    original = torch.from_numpy(fake_cifar10(tmp_path, True, False).data).permute(0, 3, 1, 2)
+    together = torch.cat([a.train, a.held_out])
+    assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, original.contiguous().numpy()))
+    assert torch.equal(a.held_out, b.held_out)
+    assert torch.equal(a.train[:50], b.train)
+    assert torch.equal(b.test[0], a.test[0])
+    assert torch.equal(b.test[-1], a.test[-1])
+    assert not torch.equal(a.held_out, nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 4, "cpu").held_out)
+
+
+def test_an_unknown_dataset_and_too_many_held_out(nb, fake_cifar10, tmp_path):
+    with pytest.raises(ValueError, match="choose one of auto, cifar10, folder, photos"):
+        nb.load_data("mnist", str(tmp_path), 100, 0, 0, 0, "cpu")
+    with pytest.raises(ValueError, match="HELD_OUT = 300 must lie in 1 … 299: CIFAR-10 has 300 training images"):
+        nb.load_data("cifar10", str(tmp_path), 300, 0, 0, 0, "cpu")
+
+
+def test_super_resolution_stays_in_range(nb, tiny):
+    pictures = nb.super_resolve(tiny().eval(), torch.rand(2, 3, 8, 8) * 3 - 1, 20, 64)
+    assert pictures.shape == (2, 3, 20, 20)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+
+
+def test_the_program_refuses_a_wrong_setting(run_script):
+    process = run_script(EPOCH=3)
+    assert process.returncode == 1
+    assert "MAMBA_GINR_EPOCH is not a setting of this notebook" in process.stderr
+
+
+def test_a_small_run_does_not_write_beside_the_notebook(run_script, tmp_path):
+    process = run_script(SMALL=1, OUTPUT_DIR=".")
+    assert process.returncode == 1
+    assert "set OUTPUT_DIR to another folder" in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_name_their_data(run_script, tmp_path):
+    write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
+    small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
+    process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "runs/small/figures/results.json").read_text())
+    assert results["dataset"] == "my photos (folder)"
+    assert results["train_images"] == 16
+    assert (
+        process.stdout.strip().split("\n")[-1].startswith("my photos (folder): 0.0 M parameters, 2 epochs of 16 images")
+    )
