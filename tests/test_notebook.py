@@ -81,7 +81,7 @@ def copy(tmp_path):
 def execute(folder, **settings):
     environment = {**os.environ, **{f"MAMBA_GINR_{k}": str(v) for k, v in settings.items()}}
     command = [sys.executable, "run_notebook.py"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
