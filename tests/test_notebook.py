@@ -52,7 +52,7 @@ def test_the_committed_notebook_is_one_clean_run_of_the_full_model():
 
 def test_every_code_cell_has_prose_before_it_and_no_magics():
     kinds = [c["cell_type"] for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]]
-    assert kinds == ["markdown"] + ["markdown", "code"] * 13
+    assert kinds == ["markdown"] + ["markdown", "code"] * 13 + ["markdown"]
     for cell in notebook_cells("code"):
         assert not re.search(r"^\s*[%!]", cell["source"], re.MULTILINE)
 
