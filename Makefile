@@ -1,10 +1,11 @@
 # make run   set up .venv, execute the notebook, keep the executed copy in runs/
-# make test  set up .venv, run the tests        make lint  check style with ruff
+# make test  set up .venv, run the tests        make lint   check style with ruff
+# make bench time the scan against others on this machine
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint bench clean
 
 run: .venv/ready
 	$(BIN)/python run_notebook.py
@@ -15,6 +16,10 @@ test: .venv/ready-dev
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/pip install --quiet --no-deps mambapy==1.2.0
+	$(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf .venv

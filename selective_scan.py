@@ -16,12 +16,20 @@ Spaces" (arXiv 2312.00752), Section 3.2 and Algorithm 2:
 
 import importlib
 import importlib.util
+import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on macOS or Windows
+    triton = None
 
 # Without these flags pip may reuse a build without the kernel, or give up where no ready wheel can be looked up.
 INSTALL = (
@@ -41,6 +49,7 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    bidirectional: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Run the recurrence h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t from h = 0.
@@ -49,12 +58,13 @@ def selective_scan(
         u: (batch, length, channels), float32, float64, bfloat16 or float16.
         delta: (batch, length, channels), the step sizes; any sign if ``delta_softplus``, else positive.
         A: (channels, d_state), real, negative for a state that decays.
-        B, C: (batch, length, d_state), shared by all channels.
+        B, C: (batch, length, d_state), shared by all channels; (batch, length, 2, d_state) if ``bidirectional``.
         D: (channels,), or None for no skip.
         z: (batch, length, channels), or None; the output is multiplied by SiLU(z).
         delta_bias: (channels,), added to ``delta`` before the softplus.
         delta_softplus: pass ``delta`` through softplus, which makes it positive.
-        backend: "torch" or "mamba_ssm"; None takes what ``use_backend`` chose.
+        bidirectional: the second half of the channels walks from the last token to the first, with B and C [:, :, 1].
+        backend: "torch", "triton" or "mamba_ssm"; None takes what ``use_backend`` chose.
 
     Returns:
         y: (batch, length, channels) in the dtype of ``u``. The state is float32 (float64 for float64 input).
@@ -63,7 +73,7 @@ def selective_scan(
         ValueError: a shape that does not fit ``u`` and ``A``, or an unknown backend.
         RuntimeError: the backend cannot run here; the message says what is missing.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional)
     name = backend or _chosen["backend"]
     if name == "auto":
         name = choose_backend(u.device)[0]
@@ -71,21 +81,22 @@ def selective_scan(
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
     # Autocast would turn the read-out of the state into a bfloat16 product.
     with torch.autocast(u.device.type, enabled=False):
-        return BACKENDS[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return BACKENDS[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional)
 
 
-def _check_shapes(u, delta, A, B, C, D, z, delta_bias) -> None:
-    if u.dim() != 3 or A.dim() != 2:
+def _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional) -> None:
+    if u.dim() != 3 or A.dim() != 2 or (bidirectional and u.shape[2] % 2):
         raise ValueError(
-            f"selective_scan: u must be (batch, length, channels) and A (channels, d_state), "
-            f"got {tuple(u.shape)} and {tuple(A.shape)}"
+            f"selective_scan: u must be (batch, length, channels) and A (channels, d_state), with an even number "
+            f"of channels for two directions, got {tuple(u.shape)} and {tuple(A.shape)}"
         )
     (batch, length, channels), d_state = u.shape, A.shape[1]
+    directions = (2,) if bidirectional else ()
     expected = {
         "delta": (delta, (batch, length, channels)),
         "A": (A, (channels, d_state)),
-        "B": (B, (batch, length, d_state)),
-        "C": (C, (batch, length, d_state)),
+        "B": (B, (batch, length, *directions, d_state)),
+        "C": (C, (batch, length, *directions, d_state)),
         "D": (D, (channels,)),
         "z": (z, (batch, length, channels)),
         "delta_bias": (delta_bias, (channels,)),
@@ -95,36 +106,121 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias) -> None:
             raise ValueError(f"selective_scan: {name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
+def _one_direction_at_a_time(scan):
+    """Make a scan that walks forwards only do both directions, by flipping the second half of the channels."""
+
+    def both(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
+        if not bidirectional:
+            return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        half = u.shape[2] // 2
+        ys = []
+        for direction, channels in enumerate((slice(None, half), slice(half, None))):
+            sequences = [None if t is None else t[..., channels] for t in (u, delta, z)]
+            sequences += [B[:, :, direction], C[:, :, direction]]
+            if direction:
+                sequences = [None if t is None else t.flip(1) for t in sequences]
+            parameters = [None if t is None else t[channels] for t in (A, D, delta_bias)]
+            (u_, delta_, z_, B_, C_), (A_, D_, delta_bias_) = sequences, parameters
+            y = scan(u_, delta_, A_, B_, C_, D_, z_, delta_bias_, delta_softplus)
+            ys.append(y.flip(1) if direction else y)
+        return torch.cat(ys, dim=2)
+
+    return both
+
+
+@_one_direction_at_a_time
 def _scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
-    """The recurrence, written as a loop over time: any device, any float dtype."""
+    """The recurrence in plain PyTorch: any device, any float dtype, time and memory linear in length."""
     dtype = torch.promote_types(u.dtype, torch.float32)
-    arguments = [None if t is None else t.to(dtype) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    if u.is_cuda and torch.is_grad_enabled():
-        # A CUDA device usually meets batches at which 512 stored states are tens of gigabytes: compute them twice.
-        y = checkpoint(_time_loop, *arguments, delta_softplus, use_reentrant=False)
-    else:
-        y = _time_loop(*arguments, delta_softplus)
-    return y.to(u.dtype)
-
-
-def _time_loop(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
+    u_, delta, A, B, C, D, z, delta_bias = (
+        None if t is None else t.to(dtype) for t in (u, delta, A, B, C, D, z, delta_bias)
+    )
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
         delta = F.softplus(delta)
-    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    ys = []
-    # unbind, because the backward of indexing [:, t] fills a whole (batch, length, ...) gradient at each t.
-    for delta_t, input_t, B_t, C_t in zip(delta.unbind(1), (delta * u).unbind(1), B.unbind(1), C.unbind(1)):
-        decay = torch.exp(delta_t.unsqueeze(-1) * A)  # (B, D, N)
-        h = torch.addcmul(input_t.unsqueeze(-1) * B_t.unsqueeze(1), decay, h)
-        ys.append((h * C_t.unsqueeze(1)).sum(-1))  # (B, D); not a matmul, which TF32 would round
-    y = torch.stack(ys, 1) if ys else torch.zeros_like(u)  # (B, L, D)
+    y = _ChunkedScan.apply(u_, delta, A, B, C)
     if D is not None:
-        y = y + D * u
-    return y if z is None else y * F.silu(z)
+        y = y + D * u_
+    return (y if z is None else y * F.silu(z)).to(u.dtype)
 
 
+@contextmanager
+def _exact(device_type: str):
+    """No TF32 and no autocast: the state is to be float32 to its last bit, in the backward pass too."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """y_t = C_t h_t of the recurrence, in chunks of CHUNK steps.
+
+    Within a chunk only h ← decay h + input is a loop over time; all else is done for the whole chunk at once. Kept for
+    the backward pass are the states before each chunk: it computes a chunk's states again and walks them in reverse.
+    """
+
+    CHUNK = 16  # steps; a chunk of states should fit into the processor's cache
+
+    @staticmethod
+    def _states(u, delta, A, B, h):
+        """Decays and states of a chunk, both (T, batch, channels, d_state), time first."""
+        decay = torch.exp(delta.unsqueeze(-1) * A)
+        states = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
+        for t in range(len(states)):
+            h = states[t].addcmul_(decay[t], h)
+        return decay, states
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C):
+        sequences = [t.transpose(0, 1).contiguous() for t in (u, delta, B, C)]
+        h, starts, ys = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]), [], [u.new_empty(0, u.shape[0], u.shape[2])]
+        with _exact(u.device.type):
+            for u_t, delta_t, B_t, C_t in zip(*(t.split(_ChunkedScan.CHUNK) for t in sequences)):
+                if not len(u_t):
+                    break  # an empty sequence is split into one empty chunk
+                starts.append(h)
+                _, states = _ChunkedScan._states(u_t, delta_t, A, B_t, h)
+                h = states[-1].clone()
+                ys.append((states @ C_t.unsqueeze(-1)).squeeze(-1))
+        ctx.save_for_backward(*sequences, A, *starts)
+        return torch.cat(ys).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, delta, B, C, A, *starts = ctx.saved_tensors
+        dy, dA, later = dy.transpose(0, 1), torch.zeros_like(A), 0.0  # later: what later steps send back to the state
+        du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))
+        with _exact(u.device.type):
+            for i in reversed(range(len(starts))):
+                chunk = slice(i * _ChunkedScan.CHUNK, (i + 1) * _ChunkedScan.CHUNK)
+                u_t, delta_t, B_t, C_t, dy_t = (t[chunk] for t in (u, delta, B, C, dy))
+                decay, states = _ChunkedScan._states(u_t, delta_t, A, B_t, starts[i])
+                dh = dy_t.unsqueeze(-1) * C_t.unsqueeze(2)
+                dh[-1] += later
+                for t in range(len(dh) - 1, 0, -1):
+                    dh[t - 1].addcmul_(decay[t], dh[t])
+                later = decay[0] * dh[0]
+
+                dC[chunk] = (dy_t.unsqueeze(2) @ states).squeeze(2)
+                dB[chunk] = ((delta_t * u_t).unsqueeze(2) @ dh).squeeze(2)
+                dinput = (dh @ B_t.unsqueeze(-1)).squeeze(-1)  # gradient of delta_t u_t
+                dexponent = decay.mul_(dh)  # times h_{t-1}: gradient of delta_t A
+                dexponent[0] *= starts[i]
+                dexponent[1:] *= states[:-1]
+                du[chunk] = dinput * delta_t
+                ddelta[chunk] = dinput * u_t + (dexponent * A).sum(-1)
+                dA += (dexponent * delta_t.unsqueeze(-1)).sum((0, 1))
+        du, ddelta, dB, dC = (t.transpose(0, 1) for t in (du, ddelta, dB, dC))
+        return du, ddelta, dA, dB, dC
+
+
+@_one_direction_at_a_time
 def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
     """The CUDA kernel of the mamba-ssm package, which keeps time last: (batch, channels, length)."""
     try:
@@ -140,7 +236,21 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tens
     return y.transpose(1, 2)
 
 
-BACKENDS = {"torch": _scan_torch, "mamba_ssm": _scan_mamba_ssm}
+def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
+    """Both directions in one launch, forward and backward; see the kernels below."""
+    if fault := triton_fault(u.device):
+        raise RuntimeError(f"scan backend triton: {fault}")
+    if u.dtype == torch.float64:
+        raise RuntimeError("scan backend triton: float64 is for the torch backend; the kernel's state is float32")
+    if not bidirectional:
+        B, C = B.unsqueeze(2), C.unsqueeze(2)
+    # The kernels step through time and batch by strides, but read channels and states side by side.
+    u, delta, z, B, C = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (u, delta, z, B, C))
+    A, D, delta_bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
+    return _triton_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+BACKENDS = {"torch": _scan_torch, "triton": _scan_triton, "mamba_ssm": _scan_mamba_ssm}
 _chosen = {"backend": "auto"}
 _faults: dict[str, str] = {}
 
@@ -151,13 +261,14 @@ def use_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     "auto" takes the fastest that runs. Where that is a slow one, the reason says what is missing and how to mend it.
 
     Raises:
-        ValueError: a name other than "auto", "torch" and "mamba_ssm".
-        RuntimeError: "mamba_ssm" was asked for by name and cannot run on ``device``.
+        ValueError: a name other than "auto", "torch", "triton" and "mamba_ssm".
+        RuntimeError: a backend was asked for by name and cannot run on ``device``.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    if name == "mamba_ssm" and (fault := mamba_ssm_fault(device)):
-        raise RuntimeError(f"scan backend mamba_ssm: {fault}")
+    fault = {"mamba_ssm": mamba_ssm_fault, "triton": triton_fault}.get(name, lambda _: "")(device)
+    if fault:
+        raise RuntimeError(f"scan backend {name}: {fault}")
     _chosen["backend"] = name
     return choose_backend(device) if name == "auto" else (name, "as asked")
 
@@ -169,7 +280,16 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
     fault = mamba_ssm_fault(device)
     if not fault:
         return "mamba_ssm", f"CUDA kernel, release {getattr(sys.modules.get('mamba_ssm'), '__version__', 'unknown')}"
-    return "torch", f"SLOW, a training step takes some 80 times as long as with the CUDA kernel: {fault}"
+    return "torch", f"SLOW, made of thousands of small kernels: {fault}"
+
+
+def triton_fault(device: torch.device | str) -> str:
+    """Say what keeps the Triton kernels from running on ``device``; "" if they run."""
+    if triton is None:
+        return "Triton is not installed; PyTorch brings it on Linux"
+    if torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on CUDA devices, not on {torch.device(device).type}"
+    return ""
 
 
 def mamba_ssm_fault(device: torch.device | str) -> str:
@@ -205,3 +325,270 @@ def _try_mamba_ssm(device: torch.device) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+# ── Triton kernels ──────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# One program owns one image of the batch and ROWS × COLUMNS channels of one direction, and walks through time one step
+# after the other with their states, (ROWS, BLOCK_N, COLUMNS), in registers. Columns and some of the states lie across
+# the threads of a warp, rows and the other states within a thread: sums over states and over channels then need few
+# exchanges between threads, which are what the backward pass waits for.
+#
+# The forward pass keeps no states. The backward pass runs it again for the state before every chunk of CHUNK steps,
+# repeats a chunk from there with all its states in registers, and walks it in reverse.
+#
+# Nothing is accumulated with atomics: sums over channels (dB, dC) and over the batch (dA, dD, ddelta_bias) leave the
+# kernel as partial sums and are added by PyTorch, so that gradients are the same at every run.
+
+if triton is not None:
+
+    @triton.jit
+    def _softplus(x):
+        """log(1 + eˣ), with log1p's series where eˣ is small, so that small step sizes keep their precision."""
+        e = tl.exp(tl.minimum(x, 20.0))
+        series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))
+        return tl.where(x > 20.0, x, tl.where(e < 0.03, series, tl.log(1.0 + e)))
+
+    @triton.jit
+    def _load(pointer, offsets, mask, MASKED: tl.constexpr):
+        """Read as float32; 0 where masked."""
+        if MASKED:
+            value = tl.load(pointer + offsets, mask=mask, other=0.0)
+        else:
+            value = tl.load(pointer + offsets)
+        return value.to(tl.float32)
+
+    @triton.jit
+    def _step_size(raw, inside, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
+        """The step size; 0 outside the sequence, where it keeps the state as it is."""
+        delta = _softplus(raw) if SOFTPLUS else raw
+        return tl.where(inside, delta, 0.0) if MASKED else delta
+
+    @triton.jit
+    def _owned(half, d_state, DIRECTIONS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr):
+        """What this program owns: direction, block of channels, image, channels (ROWS, COLUMNS), states, and masks."""
+        blocks = tl.cdiv(half, ROWS * COLUMNS)
+        direction, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+        inner = block * ROWS * COLUMNS + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        n = tl.arange(0, N)
+        in_half = inner < half
+        in_states = (n < d_state)[None, :, None] & in_half[:, None, :]
+        return direction, block, tl.program_id(1).to(tl.int64), direction * half + inner, n, in_half, in_states
+
+    @triton.jit
+    def _forward_kernel(
+        u, delta, A, B, C, D, z, delta_bias, out, starts, length, half, d_state,
+        u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
+        HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+        STATES_ONLY: tl.constexpr, MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        direction, _, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
+        channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
+        A_log2 = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED) * 1.4426950408889634
+        if HAS_D:
+            skip = _load(D, d, in_half, MASKED)
+        if HAS_BIAS:
+            bias = _load(delta_bias, d, in_half, MASKED)
+
+        h = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)
+        for chunk in range(chunks):
+            if STATES_ONLY:
+                start = (batch * chunks + chunk) * d_state * channels
+                tl.store(starts + start + n[None, :, None] * channels + d[:, None, :], h, mask=in_states)
+            for i in tl.static_range(CHUNK):
+                step = chunk * CHUNK + i
+                place = step + direction * (length - 1 - 2 * step)
+                inside = in_half & (step < length)
+                inside_n = (n < d_state) & (step < length)
+                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
+                delta_t = _step_size(raw + bias if HAS_BIAS else raw, inside, SOFTPLUS, MASKED)
+                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
+                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
+                decay = tl.exp2(delta_t[:, None, :] * A_log2)
+                h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
+                if not STATES_ONLY:
+                    C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
+                    y = tl.sum(h * C_t[None, :, None], 1)
+                    if HAS_D:
+                        y += skip * u_t
+                    if HAS_Z:
+                        z_t = _load(z, batch * z_batch + place * z_time + d, inside, MASKED)
+                        y *= z_t * tl.sigmoid(z_t)
+                    tl.store(out + (batch * length + place) * channels + d, y.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _backward_kernel(
+        dout, u, delta, A, B, C, D, z, delta_bias, starts, du, ddelta, dz, dA, dB, dC, dD, ddelta_bias,
+        batches, dout_batch, dout_time, length, half, d_state,
+        u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
+        HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+        MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
+        channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
+        A_nd = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED)
+        A_log2 = A_nd * 1.4426950408889634
+        if HAS_D:
+            skip = _load(D, d, in_half, MASKED)
+        if HAS_BIAS:
+            bias = _load(delta_bias, d, in_half, MASKED)
+
+        dA_nd = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)
+        dh = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)  # what later steps send back to the state
+        dD_d = tl.zeros([ROWS, COLUMNS], tl.float32)
+        dbias_d = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for back in range(chunks):
+            chunk = chunks - 1 - back
+            start = (batch * chunks + chunk) * d_state * channels
+            h = _load(starts, start + n[None, :, None] * channels + d[:, None, :], in_states, MASKED)
+
+            # The chunk once more, as in the forward pass; this time its states stay.
+            hs, deltas = (h,), ()
+            for i in tl.static_range(CHUNK):
+                step = chunk * CHUNK + i
+                place = step + direction * (length - 1 - 2 * step)
+                inside = in_half & (step < length)
+                inside_n = (n < d_state) & (step < length)
+                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
+                if HAS_BIAS:
+                    raw += bias
+                delta_t = _step_size(raw, inside, SOFTPLUS, MASKED)
+                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
+                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
+                decay = tl.exp2(delta_t[:, None, :] * A_log2)
+                h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
+                hs, deltas = hs + (h,), deltas + (delta_t,)  # noqa: RUF005
+
+            for i in tl.static_range(CHUNK - 1, -1, -1):
+                step = chunk * CHUNK + i
+                place = step + direction * (length - 1 - 2 * step)
+                inside = in_half & (step < length)
+                inside_n = (n < d_state) & (step < length)
+                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
+                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
+                C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
+                dy = _load(dout, batch * dout_batch + place * dout_time + d, inside, MASKED)
+                delta_t = deltas[i]
+                row = (batch * length + place) * channels + d
+
+                # Through the gate and the skip.
+                if HAS_Z:
+                    y = tl.sum(hs[i + 1] * C_t[None, :, None], 1)
+                    if HAS_D:
+                        y += skip * u_t
+                    z_t = _load(z, batch * z_batch + place * z_time + d, inside, MASKED)
+                    gate = tl.sigmoid(z_t)
+                    tl.store(dz + row, (dy * y * gate * (1 + z_t * (1 - gate))).to(dz.dtype.element_ty), mask=inside)
+                    dy *= z_t * gate
+                if HAS_D:
+                    dD_d += dy * u_t
+
+                # Through the state: h_t = decay_t h_{t-1} + delta_t u_t B_t, y_t = C_t h_t.
+                dh += C_t[None, :, None] * dy[:, None, :]
+                dwritten = tl.sum(dh * B_t[None, :, None], 1)  # gradient of delta_t u_t
+                sums = (((block * batches + batch) * length + place) * DIRECTIONS + direction) * d_state + n
+                dB_t = tl.sum(tl.sum(dh * (delta_t * u_t)[:, None, :], 0), 1)
+                dC_t = tl.sum(tl.sum(hs[i + 1] * dy[:, None, :], 0), 1)
+                tl.store(dB + sums, dB_t, mask=inside_n)
+                tl.store(dC + sums, dC_t, mask=inside_n)
+                dh *= tl.exp2(delta_t[:, None, :] * A_log2)
+                dexponent = dh * hs[i]  # gradient of delta_t A
+                ddelta_t = dwritten * u_t + tl.sum(dexponent * A_nd, 1)
+                dA_nd += dexponent * delta_t[:, None, :]
+                if SOFTPLUS:
+                    raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
+                    ddelta_t *= tl.sigmoid(raw + bias if HAS_BIAS else raw)
+                if HAS_BIAS:
+                    dbias_d += tl.where(inside, ddelta_t, 0.0) if MASKED else ddelta_t
+                tl.store(ddelta + row, ddelta_t.to(ddelta.dtype.element_ty), mask=inside)
+                du_t = dwritten * delta_t
+                if HAS_D:
+                    du_t += skip * dy
+                tl.store(du + row, du_t.to(du.dtype.element_ty), mask=inside)
+
+        # Sums over this image's time; (batch, ...).
+        tl.store(dA + (batch * channels + d[:, None, :]) * d_state + n[None, :, None], dA_nd, mask=in_states)
+        if HAS_D:
+            tl.store(dD + batch * channels + d, dD_d, mask=in_half)
+        if HAS_BIAS:
+            tl.store(ddelta_bias + batch * channels + d, dbias_d, mask=in_half)
+
+    # Channels within a thread, channels across threads, and steps of a chunk.
+    FORWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 8}
+    BACKWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 4}
+
+    def _launch(kernel, tensors, u, delta, A, B, C, D, z, delta_bias, softplus, sizes, before=(), **flags):
+        """Run a kernel with one warp for every image, direction and block of channels."""
+        (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
+        half = channels // directions
+        blocks = triton.cdiv(half, sizes["ROWS"] * sizes["COLUMNS"])
+        if batch * blocks == 0 or length == 0:
+            return
+        even = half % (sizes["ROWS"] * sizes["COLUMNS"]) == 0 and length % sizes["CHUNK"] == 0
+        block_n = triton.next_power_of_2(d_state)
+        strides = [s for t in (u, delta, u if z is None else z) for s in t.stride()[:2]]
+        strides += [s for t in (B, C) for s in t.stride()[:3]]
+        kernel[blocks * directions, batch](
+            *tensors, *before, length, half, d_state, *strides,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
+            MASKED=not even or block_n != d_state, DIRECTIONS=directions, BLOCK_N=block_n, num_warps=1,
+            **sizes, **flags,
+        )  # fmt: skip
+
+    def _zero_like(t: Tensor | None, like: Tensor) -> Tensor:
+        """Room for the gradient of an input that may be missing (custom operators return tensors only)."""
+        return like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    INPUTS = (
+        "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool softplus"
+    )
+    GRADIENTS = ", ".join(["Tensor"] * 8)
+
+    @torch.library.custom_op("mamba_ginr::selective_scan", mutates_args=(), schema=f"({INPUTS}) -> Tensor")
+    def _triton_scan(u, delta, A, B, C, D, z, delta_bias, softplus):
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        inputs = (u, delta, A, B, C, D, z, delta_bias)
+        _launch(_forward_kernel, (*inputs, out, None), *inputs, softplus, FORWARD, STATES_ONLY=False)
+        return out
+
+    @torch.library.custom_op(
+        "mamba_ginr::selective_scan_backward", mutates_args=(), schema=f"(Tensor dout, {INPUTS}) -> ({GRADIENTS})"
+    )
+    def _triton_scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, softplus):
+        inputs, (batch, length, channels) = (u, delta, A, B, C, D, z, delta_bias), u.shape
+        chunks = triton.cdiv(length, BACKWARD["CHUNK"])
+        starts = A.new_empty(batch, chunks, A.shape[1], channels)
+        sizes = {**FORWARD, "CHUNK": BACKWARD["CHUNK"]}
+        _launch(_forward_kernel, (*inputs, None, starts), *inputs, softplus, sizes, STATES_ONLY=True)
+
+        du, ddelta, dz = (_zero_like(t, u) for t in (u, delta, z))
+        blocks = triton.cdiv(channels // B.shape[2], BACKWARD["ROWS"] * BACKWARD["COLUMNS"])
+        dB, dC = (A.new_zeros(blocks, *B.shape) if not u.numel() else A.new_empty(blocks, *B.shape) for _ in range(2))
+        dA = A.new_zeros(batch, *A.shape) if not u.numel() else A.new_empty(batch, *A.shape)
+        dD, dbias = (A.new_zeros(batch, 0 if t is None else channels) for t in (D, delta_bias))
+        tensors = (dout, *inputs, starts, du, ddelta, dz, dA, dB, dC, dD, dbias)
+        before = (batch, *dout.stride()[:2])
+        _launch(_backward_kernel, tensors, *inputs, softplus, BACKWARD, before)
+        return du, ddelta, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dz, dbias.sum(0)
+
+    @_triton_scan.register_fake
+    def _(u, delta, A, B, C, D, z, delta_bias, softplus):
+        return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+    @_triton_scan_backward.register_fake
+    def _(dout, u, delta, A, B, C, D, z, delta_bias, softplus):
+        return tuple(_zero_like(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
+
+    def _save_inputs(ctx, inputs, output) -> None:
+        *tensors, ctx.softplus = inputs
+        ctx.save_for_backward(*tensors)
+
+    def _gradients(ctx, dout: Tensor):
+        tensors = ctx.saved_tensors
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        gradients = _triton_scan_backward(dout, *tensors, ctx.softplus)
+        return *(None if t is None else g for t, g in zip(tensors, gradients)), None
+
+    _triton_scan.register_autograd(_gradients, setup_context=_save_inputs)

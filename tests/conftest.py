@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU, slowly, as tests need them
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "mamba_ginr_cifar10.ipynb"
 sys.path.insert(0, str(ROOT))

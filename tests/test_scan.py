@@ -1,5 +1,8 @@
 """The selective scan: against a plain recurrence in float64, gradients too, and the choice of its backend."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -10,7 +13,7 @@ import selective_scan as scan_module
 from selective_scan import selective_scan
 
 # Largest error relative to the largest value, outputs and gradients: a few units in the last place, grown over time.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 OPTIONS = {
     "plain": (),
     "D": ("D",),
@@ -20,7 +23,11 @@ OPTIONS = {
 }
 
 
-def make_inputs(length, options, dtype, batch=2, channels=3, d_state=4, device="cpu"):
+DEVICE = {"torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}  # on the CPU: Triton's interpreter
+needs_triton = pytest.mark.skipif(scan_module.triton is None, reason="needs Triton")
+
+
+def make_inputs(length, options, dtype, batch=2, channels=3, d_state=4, directions=1, device="cpu"):
     """Seeded inputs of selective_scan; the parameters A, D and delta_bias stay float32 beside bfloat16 inputs."""
     generator = torch.Generator().manual_seed(length)
     parameter_dtype = torch.promote_types(dtype, torch.float32)
@@ -28,13 +35,15 @@ def make_inputs(length, options, dtype, batch=2, channels=3, d_state=4, device="
     def draw(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
+    channels *= directions
     sequence = (batch, length, channels)
+    states = (batch, length, *((2,) if directions == 2 else ()), d_state)
     inputs = {
         "u": draw(*sequence),
         "delta": draw(*sequence) if "softplus" in options else draw(*sequence).abs(),
         "A": -draw(channels, d_state, dtype=parameter_dtype).exp(),
-        "B": draw(batch, length, d_state),
-        "C": draw(batch, length, d_state),
+        "B": draw(*states),
+        "C": draw(*states),
         "D": draw(channels, dtype=parameter_dtype) if "D" in options else None,
         "z": draw(*sequence) if "z" in options else None,
         "delta_bias": draw(channels, dtype=parameter_dtype) if "delta_bias" in options else None,
@@ -52,13 +61,16 @@ def reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     rows = []
     for b in range(batch):
         for d in range(channels):
-            h = [u.new_zeros(()) for _ in range(A.shape[1])]
-            for t in range(length):
+            backwards = B.dim() == 4 and d >= channels // 2
+            B_b, C_b = (m[b] if m.dim() == 3 else m[b, :, int(backwards)] for m in (B, C))
+            h, ys = [u.new_zeros(()) for _ in range(A.shape[1])], {}
+            for t in reversed(range(length)) if backwards else range(length):
                 for n in range(A.shape[1]):
-                    h[n] = torch.exp(delta[b, t, d] * A[d, n]) * h[n] + delta[b, t, d] * B[b, t, n] * u[b, t, d]
-                y = sum(C[b, t, n] * h[n] for n in range(A.shape[1]))
+                    h[n] = torch.exp(delta[b, t, d] * A[d, n]) * h[n] + delta[b, t, d] * B_b[t, n] * u[b, t, d]
+                y = sum(C_b[t, n] * h[n] for n in range(A.shape[1]))
                 y = y if D is None else y + D[d] * u[b, t, d]
-                rows.append(y if z is None else y * z[b, t, d] * torch.sigmoid(z[b, t, d]))
+                ys[t] = y if z is None else y * z[b, t, d] * torch.sigmoid(z[b, t, d])
+            rows.append(torch.stack([ys[t] for t in range(length)]))
     return torch.stack(rows).view(batch, channels, length).transpose(1, 2)
 
 
@@ -67,26 +79,90 @@ def relative_error(value, truth):
     return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(1e-3)).item()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_torch_backend_equals_the_recurrence(options, length, dtype):
-    softplus = "softplus" in OPTIONS[options]
-    inputs = make_inputs(length, OPTIONS[options], dtype)
-    exact = {k: None if v is None else v.detach().double().requires_grad_() for k, v in inputs.items()}
-    y, truth = (
-        selective_scan(**inputs, delta_softplus=softplus, backend="torch"),
-        reference(**exact, delta_softplus=softplus),
-    )
+def check_against_reference(inputs, softplus, backend):
+    """Outputs and every gradient against the float64 recurrence."""
+    dtype = inputs["u"].dtype
+    exact = {k: None if v is None else v.detach().cpu().double().requires_grad_() for k, v in inputs.items()}
+    bidirectional = inputs["B"].dim() == 4
+    y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=bidirectional, backend=backend)
+    truth = reference(**exact, delta_softplus=softplus)
     assert y.dtype == dtype
     assert relative_error(y, truth) < TOLERANCE[dtype]
 
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     used = [k for k, v in inputs.items() if v is not None]
-    gradients = torch.autograd.grad((y.double() * weights).sum(), [inputs[k] for k in used])
+    gradients = torch.autograd.grad((y.double() * weights.to(y.device)).sum(), [inputs[k] for k in used])
     true_gradients = torch.autograd.grad((truth * weights).sum(), [exact[k] for k in used])
     for name, gradient, true_gradient in zip(used, gradients, true_gradients):
+        assert gradient.dtype == inputs[name].dtype, name
         assert relative_error(gradient, true_gradient) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 16, 19])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torch_backend_equals_the_recurrence(options, length, dtype, directions):
+    inputs = make_inputs(length, OPTIONS[options], dtype, directions=directions)
+    check_against_reference(inputs, "softplus" in OPTIONS[options], "torch")
+
+
+@needs_triton
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_triton_backend_equals_the_recurrence(options, directions):
+    inputs = make_inputs(9, OPTIONS[options], torch.float32, directions=directions, device=DEVICE["triton"])
+    check_against_reference(inputs, "softplus" in OPTIONS[options], "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("length", "channels", "d_state"),
+    [(1, 1, 1), (8, 32, 4), (5, 35, 3), (13, 2, 16)],
+    ids=["one of each", "no masks needed", "two blocks and a rest", "16 states"],
+)
+def test_triton_backend_at_odd_sizes(length, channels, d_state, dtype):
+    inputs = make_inputs(
+        length,
+        OPTIONS["all"],
+        dtype,
+        1,
+        channels,
+        d_state,
+        directions=2 if channels < 32 else 1,
+        device=DEVICE["triton"],
+    )
+    check_against_reference(inputs, True, "triton")
+
+
+@needs_triton
+def test_triton_backend_takes_slices_as_they_are():
+    inputs = make_inputs(6, OPTIONS["all"], torch.float32, directions=2, device=DEVICE["triton"])
+    how = {"delta_softplus": True, "bidirectional": True, "backend": "triton"}
+    wide = {k: torch.cat([v, v.flip(0)], dim=-1)[..., : v.shape[-1]] for k, v in inputs.items() if v.dim() > 2}
+    assert not wide["u"].is_contiguous()
+    assert torch.equal(selective_scan(**{**inputs, **wide}, **how), selective_scan(**inputs, **how))
+
+
+@needs_triton
+def test_triton_backend_is_a_well_formed_operator():
+    inputs = make_inputs(5, OPTIONS["all"], torch.float32, directions=2, device=DEVICE["triton"])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(scan_module._triton_scan, (*inputs.values(), True), test_utils=checks)
+
+
+@needs_triton
+def test_triton_backend_names_what_it_cannot_do(monkeypatch):
+    inputs = make_inputs(3, (), torch.float64, device=DEVICE["triton"])
+    with pytest.raises(RuntimeError, match="float64 is for the torch backend"):
+        selective_scan(**inputs, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="Triton kernels run on CUDA devices, not on cpu"):
+        scan_module.use_backend("triton", "cpu")
+    monkeypatch.setattr(scan_module, "triton", None)
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        scan_module.use_backend("triton", "cpu")
 
 
 def test_gradients_by_finite_differences():
@@ -101,11 +177,14 @@ def test_autocast_leaves_the_state_in_float32():
     assert torch.equal(inside, selective_scan(**inputs, delta_softplus=True))
 
 
-def test_empty_sequence():
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_empty_sequence(backend):
     inputs = {
         k: v if v is None or v.dim() < 3 else v[:, :0] for k, v in make_inputs(2, OPTIONS["all"], torch.float32).items()
     }
-    assert selective_scan(**inputs).shape == (2, 0, 3)
+    y = selective_scan(**{k: v.to(DEVICE[backend]) for k, v in inputs.items()}, backend=backend)
+    assert y.shape == (2, 0, 3)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["delta", "B", "C", "D", "z", "delta_bias"])
@@ -123,9 +202,9 @@ def test_a_wrong_rank_is_named():
 
 
 def test_an_unknown_backend_lists_the_known():
-    with pytest.raises(ValueError, match="auto, torch, mamba_ssm"):
+    with pytest.raises(ValueError, match="auto, torch, triton, mamba_ssm"):
         scan_module.use_backend("cuda", "cpu")
-    with pytest.raises(ValueError, match="auto, torch, mamba_ssm"):
+    with pytest.raises(ValueError, match="auto, torch, triton, mamba_ssm"):
         selective_scan(**make_inputs(4, (), torch.float32), backend="cuda")
 
 
@@ -195,20 +274,52 @@ def test_a_working_mamba_ssm_is_taken(monkeypatch):
     assert scan_module.choose_backend("cuda") == ("mamba_ssm", "CUDA kernel, release unknown")
 
 
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import selective_scan as scan
+
+flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True, DIRECTIONS=2, BLOCK_N=16)
+float32 = "A D delta_bias starts dA dB dC dD ddelta_bias".split()
+bfloat16 = "dout u delta B C z out du ddelta dz".split()
+forward = {**scan.FORWARD, "STATES_ONLY": False}
+for kernel, sizes in [(scan._forward_kernel, forward), (scan._backward_kernel, scan.BACKWARD)]:
+    constants = {**flags, **sizes}
+    kinds = dict.fromkeys(float32, "*fp32") | dict.fromkeys(bfloat16, "*bf16") | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in kernel.arg_names}, constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["cubin"]))
+"""
+
+
+@needs_triton
+def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.path.dirname(scan_module.__file__), "TRITON_CACHE_DIR": str(tmp_path)}
+    # From a file, because Triton reads the source of what it compiles.
+    (tmp_path / "compile.py").write_text(COMPILE)
+    command = [sys.executable, str(tmp_path / "compile.py")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert [int(size) > 1000 for size in process.stdout.split()] == [True, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 127, 512])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_backends_agree_on_the_gpu(options, length, dtype):
-    if scan_module.choose_backend("cuda")[0] != "mamba_ssm":
-        pytest.skip(scan_module.choose_backend("cuda")[1])
+@pytest.mark.parametrize("backend", ["mamba_ssm", "triton"])
+def test_backends_agree_on_the_gpu(backend, options, length, dtype):
+    if fault := getattr(scan_module, f"{backend}_fault")("cuda"):
+        pytest.skip(fault)
     softplus = "softplus" in OPTIONS[options]
-    inputs = make_inputs(length, OPTIONS[options], dtype, channels=64, d_state=16, device="cuda")
+    inputs = make_inputs(length, OPTIONS[options], dtype, channels=70, d_state=16, directions=2, device="cuda")
     used = [k for k, v in inputs.items() if v is not None]
     results = {}
-    for backend in ("torch", "mamba_ssm"):
-        y = selective_scan(**inputs, delta_softplus=softplus, backend=backend)
-        results[backend] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
-    for name, ours, theirs in zip(["y", *used], results["torch"], results["mamba_ssm"]):
+    for name in ("torch", backend):
+        y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=True, backend=name)
+        results[name] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
+    for name, ours, theirs in zip(["y", *used], results["torch"], results[backend]):
         assert relative_error(theirs, ours) < TOLERANCE[dtype], name
