@@ -335,12 +335,13 @@ def _first_line(error: Exception) -> str:
 # exchanges between threads, which are what the backward pass waits for.
 #
 # The forward pass keeps no states. The backward pass runs it again for the state before every chunk of CHUNK steps,
-# repeats a chunk from there with all its states in registers, and walks it in reverse.
+# repeats a chunk from there, its states going to a scratch of the program's own, and walks it in reverse.
 #
 # Nothing is accumulated with atomics: sums over channels (dB, dC) and over the batch (dA, dD, ddelta_bias) leave the
 # kernel as partial sums and are added by PyTorch, so that gradients are the same at every run.
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
     def _softplus(x):
@@ -385,7 +386,7 @@ if triton is not None:
     ):  # fmt: skip
         direction, _, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
         channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
-        A_log2 = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED) * 1.4426950408889634
+        A_nd = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED)
         if HAS_D:
             skip = _load(D, d, in_half, MASKED)
         if HAS_BIAS:
@@ -405,7 +406,7 @@ if triton is not None:
                 delta_t = _step_size(raw + bias if HAS_BIAS else raw, inside, SOFTPLUS, MASKED)
                 u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
                 B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
-                decay = tl.exp2(delta_t[:, None, :] * A_log2)
+                decay = tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
                 h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
                 if not STATES_ONLY:
                     C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
@@ -419,7 +420,7 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        dout, u, delta, A, B, C, D, z, delta_bias, starts, du, ddelta, dz, dA, dB, dC, dD, ddelta_bias,
+        dout, u, delta, A, B, C, D, z, delta_bias, starts, scratch, du, ddelta, dz, dA, dB, dC, dD, ddelta_bias,
         batches, dout_batch, dout_time, length, half, d_state,
         u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -429,11 +430,15 @@ if triton is not None:
         direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
         channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
         A_nd = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED)
-        A_log2 = A_nd * 1.4426950408889634
         if HAS_D:
             skip = _load(D, d, in_half, MASKED)
         if HAS_BIAS:
             bias = _load(delta_bias, d, in_half, MASKED)
+
+        SLOT: tl.constexpr = ROWS * BLOCK_N * COLUMNS
+        own = (tl.arange(0, ROWS)[:, None, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]) * COLUMNS
+        own += tl.arange(0, COLUMNS)[None, None, :]
+        scratch += (batch * tl.num_programs(0) + tl.program_id(0)) * CHUNK * SLOT
 
         dA_nd = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)
         dh = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)  # what later steps send back to the state
@@ -444,24 +449,24 @@ if triton is not None:
             start = (batch * chunks + chunk) * d_state * channels
             h = _load(starts, start + n[None, :, None] * channels + d[:, None, :], in_states, MASKED)
 
-            # The chunk once more, as in the forward pass; this time its states stay.
-            hs, deltas = (h,), ()
-            for i in tl.static_range(CHUNK):
+            # The chunk once more, as in the forward pass; this time its states go to the program's own scratch, which
+            # every chunk uses again, so that it stays in the cache.
+            for i in range(CHUNK):
                 step = chunk * CHUNK + i
                 place = step + direction * (length - 1 - 2 * step)
                 inside = in_half & (step < length)
                 inside_n = (n < d_state) & (step < length)
                 raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
-                if HAS_BIAS:
-                    raw += bias
-                delta_t = _step_size(raw, inside, SOFTPLUS, MASKED)
+                delta_t = _step_size(raw + bias if HAS_BIAS else raw, inside, SOFTPLUS, MASKED)
+                tl.store(scratch + i * SLOT + own, h)
                 u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
                 B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
-                decay = tl.exp2(delta_t[:, None, :] * A_log2)
+                decay = tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
                 h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
-                hs, deltas = hs + (h,), deltas + (delta_t,)  # noqa: RUF005
+            tl.debug_barrier()
 
-            for i in tl.static_range(CHUNK - 1, -1, -1):
+            for back_step in range(CHUNK):
+                i = CHUNK - 1 - back_step
                 step = chunk * CHUNK + i
                 place = step + direction * (length - 1 - 2 * step)
                 inside = in_half & (step < length)
@@ -470,12 +475,16 @@ if triton is not None:
                 B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
                 C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
                 dy = _load(dout, batch * dout_batch + place * dout_time + d, inside, MASKED)
-                delta_t = deltas[i]
+                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
+                if HAS_BIAS:
+                    raw += bias
+                delta_t = _step_size(raw, inside, SOFTPLUS, MASKED)
+                earlier_h = tl.load(scratch + i * SLOT + own)
                 row = (batch * length + place) * channels + d
 
                 # Through the gate and the skip.
                 if HAS_Z:
-                    y = tl.sum(hs[i + 1] * C_t[None, :, None], 1)
+                    y = tl.sum(h * C_t[None, :, None], 1)
                     if HAS_D:
                         y += skip * u_t
                     z_t = _load(z, batch * z_batch + place * z_time + d, inside, MASKED)
@@ -490,16 +499,15 @@ if triton is not None:
                 dwritten = tl.sum(dh * B_t[None, :, None], 1)  # gradient of delta_t u_t
                 sums = (((block * batches + batch) * length + place) * DIRECTIONS + direction) * d_state + n
                 dB_t = tl.sum(tl.sum(dh * (delta_t * u_t)[:, None, :], 0), 1)
-                dC_t = tl.sum(tl.sum(hs[i + 1] * dy[:, None, :], 0), 1)
+                dC_t = tl.sum(tl.sum(h * dy[:, None, :], 0), 1)
                 tl.store(dB + sums, dB_t, mask=inside_n)
                 tl.store(dC + sums, dC_t, mask=inside_n)
-                dh *= tl.exp2(delta_t[:, None, :] * A_log2)
-                dexponent = dh * hs[i]  # gradient of delta_t A
+                dh *= tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
+                dexponent = dh * earlier_h  # gradient of delta_t A
                 ddelta_t = dwritten * u_t + tl.sum(dexponent * A_nd, 1)
                 dA_nd += dexponent * delta_t[:, None, :]
                 if SOFTPLUS:
-                    raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
-                    ddelta_t *= tl.sigmoid(raw + bias if HAS_BIAS else raw)
+                    ddelta_t *= tl.sigmoid(raw)
                 if HAS_BIAS:
                     dbias_d += tl.where(inside, ddelta_t, 0.0) if MASKED else ddelta_t
                 tl.store(ddelta + row, ddelta_t.to(ddelta.dtype.element_ty), mask=inside)
@@ -507,6 +515,8 @@ if triton is not None:
                 if HAS_D:
                     du_t += skip * dy
                 tl.store(du + row, du_t.to(du.dtype.element_ty), mask=inside)
+                h = earlier_h
+            tl.debug_barrier()
 
         # Sums over this image's time; (batch, ...).
         tl.store(dA + (batch * channels + d[:, None, :]) * d_state + n[None, :, None], dA_nd, mask=in_states)
@@ -517,7 +527,7 @@ if triton is not None:
 
     # Channels within a thread, channels across threads, and steps of a chunk.
     FORWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 8}
-    BACKWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 4}
+    BACKWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 16}
 
     def _launch(kernel, tensors, u, delta, A, B, C, D, z, delta_bias, softplus, sizes, before=(), **flags):
         """Run a kernel with one warp for every image, direction and block of channels."""
@@ -568,7 +578,11 @@ if triton is not None:
         dB, dC = (A.new_zeros(blocks, *B.shape) if not u.numel() else A.new_empty(blocks, *B.shape) for _ in range(2))
         dA = A.new_zeros(batch, *A.shape) if not u.numel() else A.new_empty(batch, *A.shape)
         dD, dbias = (A.new_zeros(batch, 0 if t is None else channels) for t in (D, delta_bias))
-        tensors = (dout, *inputs, starts, du, ddelta, dz, dA, dB, dC, dD, dbias)
+        block_n = triton.next_power_of_2(A.shape[1])
+        scratch = A.new_empty(
+            batch * blocks * B.shape[2] * BACKWARD["CHUNK"] * BACKWARD["ROWS"] * BACKWARD["COLUMNS"] * block_n
+        )
+        tensors = (dout, *inputs, starts, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias)
         before = (batch, *dout.stride()[:2])
         _launch(_backward_kernel, tensors, *inputs, softplus, BACKWARD, before)
         return du, ddelta, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dz, dbias.sum(0)

@@ -282,7 +282,7 @@ from triton.compiler import ASTSource
 import selective_scan as scan
 
 flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True, DIRECTIONS=2, BLOCK_N=16)
-float32 = "A D delta_bias starts dA dB dC dD ddelta_bias".split()
+float32 = "A D delta_bias starts scratch dA dB dC dD ddelta_bias".split()
 bfloat16 = "dout u delta B C z out du ddelta dz".split()
 forward = {**scan.FORWARD, "STATES_ONLY": False}
 for kernel, sizes in [(scan._forward_kernel, forward), (scan._backward_kernel, scan.BACKWARD)]:
