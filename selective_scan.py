@@ -360,12 +360,6 @@ if triton is not None:
         return value.to(tl.float32)
 
     @triton.jit
-    def _step_size(raw, inside, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
-        """The step size; 0 outside the sequence, where it keeps the state as it is."""
-        delta = _softplus(raw) if SOFTPLUS else raw
-        return tl.where(inside, delta, 0.0) if MASKED else delta
-
-    @triton.jit
     def _owned(half, d_state, DIRECTIONS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr):
         """What this program owns: direction, block of channels, image, channels (ROWS, COLUMNS), states, and masks."""
         blocks = tl.cdiv(half, ROWS * COLUMNS)
@@ -377,6 +371,25 @@ if triton is not None:
         return direction, block, tl.program_id(1).to(tl.int64), direction * half + inner, n, in_half, in_states
 
     @triton.jit
+    def _read_step(
+        u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time,
+        SOFTPLUS: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        """u, delta before and after its softplus, (ROWS, COLUMNS), and B, (BLOCK_N,), of one step; 0 outside."""
+        raw = _load(delta, place * delta_time + d, inside, MASKED) + bias
+        delta_t = _softplus(raw) if SOFTPLUS else raw
+        if MASKED:
+            delta_t = tl.where(inside, delta_t, 0.0)  # a step of no size keeps the state as it is
+        u_t = _load(u, place * u_time + d, inside, MASKED)
+        return u_t, raw, delta_t, _load(B, place * B_time + n, inside_n, MASKED)
+
+    @triton.jit
+    def _advance(h, u_t, delta_t, A_nd, B_t):
+        """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t"""
+        decay = tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
+        return decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
+
+    @triton.jit
     def _forward_kernel(
         u, delta, A, B, C, D, z, delta_bias, out, starts, length, half, d_state,
         u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
@@ -384,13 +397,16 @@ if triton is not None:
         STATES_ONLY: tl.constexpr, MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        direction, _, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
+        direction, _block, batch, d, n, in_half, in_states = _owned(half, d_state, DIRECTIONS, ROWS, COLUMNS, BLOCK_N)
         channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
         A_nd = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED)
         if HAS_D:
             skip = _load(D, d, in_half, MASKED)
-        if HAS_BIAS:
-            bias = _load(delta_bias, d, in_half, MASKED)
+        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
+        u, delta = u + batch * u_batch, delta + batch * delta_batch
+        B, C = B + batch * B_batch + direction * B_group, C + batch * C_batch + direction * C_group
+        if HAS_Z:
+            z += batch * z_batch
 
         h = tl.zeros([ROWS, BLOCK_N, COLUMNS], tl.float32)
         for chunk in range(chunks):
@@ -402,19 +418,17 @@ if triton is not None:
                 place = step + direction * (length - 1 - 2 * step)
                 inside = in_half & (step < length)
                 inside_n = (n < d_state) & (step < length)
-                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
-                delta_t = _step_size(raw + bias if HAS_BIAS else raw, inside, SOFTPLUS, MASKED)
-                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
-                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
-                decay = tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
-                h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
+                u_t, _raw, delta_t, B_t = _read_step(
+                    u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
+                )
+                h = _advance(h, u_t, delta_t, A_nd, B_t)
                 if not STATES_ONLY:
-                    C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
+                    C_t = _load(C, place * C_time + n, inside_n, MASKED)
                     y = tl.sum(h * C_t[None, :, None], 1)
                     if HAS_D:
                         y += skip * u_t
                     if HAS_Z:
-                        z_t = _load(z, batch * z_batch + place * z_time + d, inside, MASKED)
+                        z_t = _load(z, place * z_time + d, inside, MASKED)
                         y *= z_t * tl.sigmoid(z_t)
                     tl.store(out + (batch * length + place) * channels + d, y.to(out.dtype.element_ty), mask=inside)
 
@@ -432,8 +446,11 @@ if triton is not None:
         A_nd = _load(A, d[:, None, :] * d_state + n[None, :, None], in_states, MASKED)
         if HAS_D:
             skip = _load(D, d, in_half, MASKED)
-        if HAS_BIAS:
-            bias = _load(delta_bias, d, in_half, MASKED)
+        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
+        u, delta = u + batch * u_batch, delta + batch * delta_batch
+        B, C = B + batch * B_batch + direction * B_group, C + batch * C_batch + direction * C_group
+        if HAS_Z:
+            z += batch * z_batch
 
         SLOT: tl.constexpr = ROWS * BLOCK_N * COLUMNS
         own = (tl.arange(0, ROWS)[:, None, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]) * COLUMNS
@@ -456,13 +473,11 @@ if triton is not None:
                 place = step + direction * (length - 1 - 2 * step)
                 inside = in_half & (step < length)
                 inside_n = (n < d_state) & (step < length)
-                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
-                delta_t = _step_size(raw + bias if HAS_BIAS else raw, inside, SOFTPLUS, MASKED)
+                u_t, _raw, delta_t, B_t = _read_step(
+                    u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
+                )
                 tl.store(scratch + i * SLOT + own, h)
-                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
-                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
-                decay = tl.exp2((delta_t * LOG2_E)[:, None, :] * A_nd)
-                h = decay * h + (delta_t * u_t)[:, None, :] * B_t[None, :, None]
+                h = _advance(h, u_t, delta_t, A_nd, B_t)
             tl.debug_barrier()
 
             for back_step in range(CHUNK):
@@ -471,14 +486,11 @@ if triton is not None:
                 place = step + direction * (length - 1 - 2 * step)
                 inside = in_half & (step < length)
                 inside_n = (n < d_state) & (step < length)
-                u_t = _load(u, batch * u_batch + place * u_time + d, inside, MASKED)
-                B_t = _load(B, batch * B_batch + place * B_time + direction * B_group + n, inside_n, MASKED)
-                C_t = _load(C, batch * C_batch + place * C_time + direction * C_group + n, inside_n, MASKED)
+                u_t, raw, delta_t, B_t = _read_step(
+                    u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
+                )
+                C_t = _load(C, place * C_time + n, inside_n, MASKED)
                 dy = _load(dout, batch * dout_batch + place * dout_time + d, inside, MASKED)
-                raw = _load(delta, batch * delta_batch + place * delta_time + d, inside, MASKED)
-                if HAS_BIAS:
-                    raw += bias
-                delta_t = _step_size(raw, inside, SOFTPLUS, MASKED)
                 earlier_h = tl.load(scratch + i * SLOT + own)
                 row = (batch * length + place) * channels + d
 
@@ -487,7 +499,7 @@ if triton is not None:
                     y = tl.sum(h * C_t[None, :, None], 1)
                     if HAS_D:
                         y += skip * u_t
-                    z_t = _load(z, batch * z_batch + place * z_time + d, inside, MASKED)
+                    z_t = _load(z, place * z_time + d, inside, MASKED)
                     gate = tl.sigmoid(z_t)
                     tl.store(dz + row, (dy * y * gate * (1 + z_t * (1 - gate))).to(dz.dtype.element_ty), mask=inside)
                     dy *= z_t * gate
