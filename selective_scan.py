@@ -266,8 +266,7 @@ def use_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    fault = {"mamba_ssm": mamba_ssm_fault, "triton": triton_fault}.get(name, lambda _: "")(device)
-    if fault:
+    if fault := backend_fault(name, device):
         raise RuntimeError(f"scan backend {name}: {fault}")
     _chosen["backend"] = name
     return choose_backend(device) if name == "auto" else (name, "as asked")
@@ -281,6 +280,11 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
     if not fault:
         return "mamba_ssm", f"CUDA kernel, release {getattr(sys.modules.get('mamba_ssm'), '__version__', 'unknown')}"
     return "torch", f"SLOW, made of thousands of small kernels: {fault}"
+
+
+def backend_fault(name: str, device: torch.device | str) -> str:
+    """Say what keeps the backend ``name`` from running on ``device``; "" if it runs."""
+    return {"mamba_ssm": mamba_ssm_fault, "triton": triton_fault}.get(name, lambda _: "")(device)
 
 
 def triton_fault(device: torch.device | str) -> str:
@@ -371,6 +375,11 @@ if triton is not None:
         return direction, block, tl.program_id(1).to(tl.int64), direction * half + inner, n, in_half, in_states
 
     @triton.jit
+    def _at(step, length, direction, in_half, n, d_state):
+        """Place in the sequence of the direction's ``step``, and which channels and states are inside there."""
+        return step + direction * (length - 1 - 2 * step), in_half & (step < length), (n < d_state) & (step < length)
+
+    @triton.jit
     def _read_step(
         u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time,
         SOFTPLUS: tl.constexpr, MASKED: tl.constexpr,
@@ -414,10 +423,7 @@ if triton is not None:
                 start = (batch * chunks + chunk) * d_state * channels
                 tl.store(starts + start + n[None, :, None] * channels + d[:, None, :], h, mask=in_states)
             for i in tl.static_range(CHUNK):
-                step = chunk * CHUNK + i
-                place = step + direction * (length - 1 - 2 * step)
-                inside = in_half & (step < length)
-                inside_n = (n < d_state) & (step < length)
+                place, inside, inside_n = _at(chunk * CHUNK + i, length, direction, in_half, n, d_state)
                 u_t, _raw, delta_t, B_t = _read_step(
                     u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
                 )
@@ -469,10 +475,7 @@ if triton is not None:
             # The chunk once more, as in the forward pass; this time its states go to the program's own scratch, which
             # every chunk uses again, so that it stays in the cache.
             for i in range(CHUNK):
-                step = chunk * CHUNK + i
-                place = step + direction * (length - 1 - 2 * step)
-                inside = in_half & (step < length)
-                inside_n = (n < d_state) & (step < length)
+                place, inside, inside_n = _at(chunk * CHUNK + i, length, direction, in_half, n, d_state)
                 u_t, _raw, delta_t, B_t = _read_step(
                     u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
                 )
@@ -482,10 +485,7 @@ if triton is not None:
 
             for back_step in range(CHUNK):
                 i = CHUNK - 1 - back_step
-                step = chunk * CHUNK + i
-                place = step + direction * (length - 1 - 2 * step)
-                inside = in_half & (step < length)
-                inside_n = (n < d_state) & (step < length)
+                place, inside, inside_n = _at(chunk * CHUNK + i, length, direction, in_half, n, d_state)
                 u_t, raw, delta_t, B_t = _read_step(
                     u, delta, B, bias, place, inside, inside_n, d, n, u_time, delta_time, B_time, SOFTPLUS, MASKED
                 )
@@ -541,15 +541,18 @@ if triton is not None:
     FORWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 8}
     BACKWARD = {"ROWS": 1, "COLUMNS": 32, "CHUNK": 16}
 
+    def _sizes(u: Tensor, A: Tensor, B: Tensor, sizes: dict) -> tuple[int, int, int]:
+        """Channels of a direction, blocks of them, and the states padded to a power of two."""
+        half = u.shape[2] // B.shape[2]
+        return half, triton.cdiv(half, sizes["ROWS"] * sizes["COLUMNS"]), triton.next_power_of_2(A.shape[1])
+
     def _launch(kernel, tensors, u, delta, A, B, C, D, z, delta_bias, softplus, sizes, before=(), **flags):
         """Run a kernel with one warp for every image, direction and block of channels."""
-        (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
-        half = channels // directions
-        blocks = triton.cdiv(half, sizes["ROWS"] * sizes["COLUMNS"])
-        if batch * blocks == 0 or length == 0:
+        if not u.numel():
             return
+        (batch, length, _), directions, d_state = u.shape, B.shape[2], A.shape[1]
+        half, blocks, block_n = _sizes(u, A, B, sizes)
         even = half % (sizes["ROWS"] * sizes["COLUMNS"]) == 0 and length % sizes["CHUNK"] == 0
-        block_n = triton.next_power_of_2(d_state)
         strides = [s for t in (u, delta, u if z is None else z) for s in t.stride()[:2]]
         strides += [s for t in (B, C) for s in t.stride()[:3]]
         kernel[blocks * directions, batch](
@@ -559,7 +562,7 @@ if triton is not None:
             **sizes, **flags,
         )  # fmt: skip
 
-    def _zero_like(t: Tensor | None, like: Tensor) -> Tensor:
+    def _room_for(t: Tensor | None, like: Tensor) -> Tensor:
         """Room for the gradient of an input that may be missing (custom operators return tensors only)."""
         return like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
 
@@ -585,15 +588,13 @@ if triton is not None:
         sizes = {**FORWARD, "CHUNK": BACKWARD["CHUNK"]}
         _launch(_forward_kernel, (*inputs, None, starts), *inputs, softplus, sizes, STATES_ONLY=True)
 
-        du, ddelta, dz = (_zero_like(t, u) for t in (u, delta, z))
-        blocks = triton.cdiv(channels // B.shape[2], BACKWARD["ROWS"] * BACKWARD["COLUMNS"])
-        dB, dC = (A.new_zeros(blocks, *B.shape) if not u.numel() else A.new_empty(blocks, *B.shape) for _ in range(2))
-        dA = A.new_zeros(batch, *A.shape) if not u.numel() else A.new_empty(batch, *A.shape)
-        dD, dbias = (A.new_zeros(batch, 0 if t is None else channels) for t in (D, delta_bias))
-        block_n = triton.next_power_of_2(A.shape[1])
-        scratch = A.new_empty(
-            batch * blocks * B.shape[2] * BACKWARD["CHUNK"] * BACKWARD["ROWS"] * BACKWARD["COLUMNS"] * block_n
-        )
+        du, ddelta, dz = (_room_for(t, u) for t in (u, delta, z))
+        _, blocks, block_n = _sizes(u, A, B, BACKWARD)
+        new = A.new_empty if u.numel() else A.new_zeros  # without input no kernel runs to fill them
+        dA, dB, dC = new(batch, *A.shape), new(blocks, *B.shape), new(blocks, *B.shape)
+        dD, dbias = (new(batch, 0 if t is None else channels) for t in (D, delta_bias))
+        program = BACKWARD["CHUNK"] * BACKWARD["ROWS"] * BACKWARD["COLUMNS"] * block_n
+        scratch = A.new_empty(batch * blocks * B.shape[2] * program)
         tensors = (dout, *inputs, starts, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias)
         before = (batch, *dout.stride()[:2])
         _launch(_backward_kernel, tensors, *inputs, softplus, BACKWARD, before)
@@ -605,7 +606,7 @@ if triton is not None:
 
     @_triton_scan_backward.register_fake
     def _(dout, u, delta, A, B, C, D, z, delta_bias, softplus):
-        return tuple(_zero_like(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
+        return tuple(_room_for(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
 
     def _save_inputs(ctx, inputs, output) -> None:
         *tensors, ctx.softplus = inputs

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from selective_scan import BACKENDS, mamba_ssm_fault, selective_scan, triton_fault  # noqa: E402
+from selective_scan import BACKENDS, backend_fault, selective_scan  # noqa: E402
 
 WARM_UP, REPEATS = 2, 5
 
@@ -92,14 +92,13 @@ def mambapy_scan_row(batch: int, length: int, channels: int, d_state: int) -> di
     return measure(forward, (u, delta, A, B, C, D, z))
 
 
-def rows() -> dict[str, tuple]:
+def rows() -> dict[str, tuple | str]:
     """Name of a row → (function, arguments), or a text that says why it cannot run here."""
     found = {}
     if torch.cuda.is_available():
         for backend in BACKENDS:
-            fault = {"mamba_ssm": mamba_ssm_fault, "triton": triton_fault}.get(backend, lambda _: "")("cuda")
             name = f"scan, {backend}, (64, 512, 2×512), 16 states, bfloat16"
-            found[name] = fault or ("scan_row", (backend, 64, 512, 512, 16, 2))
+            found[name] = backend_fault(backend, "cuda") or ("scan_row", (backend, 64, 512, 512, 16, 2))
     else:
         for name in ("mamba_ssm", "triton"):
             found[f"scan, {name}"] = "needs a CUDA GPU"

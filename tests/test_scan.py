@@ -221,7 +221,7 @@ def test_mamba_ssm_by_name_on_the_cpu_is_an_error():
 
 
 def install_fake(monkeypatch, error_at_import=None, scan=None):
-    """Put a mamba_ssm into sys.modules that fails in a given way; None for the whole package: not installed."""
+    """Make importing or calling mamba_ssm fail in a given way; with neither error nor scan it is not installed."""
     monkeypatch.setattr(scan_module, "_faults", {})
     real_import = scan_module.importlib.import_module
 
@@ -276,7 +276,6 @@ def test_a_working_mamba_ssm_is_taken(monkeypatch):
 
 
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -313,7 +312,7 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["mamba_ssm", "triton"])
 def test_backends_agree_on_the_gpu(backend, options, length, dtype):
-    if fault := getattr(scan_module, f"{backend}_fault")("cuda"):
+    if fault := scan_module.backend_fault(backend, "cuda"):
         pytest.skip(fault)
     softplus = "softplus" in OPTIONS[options]
     inputs = make_inputs(length, OPTIONS[options], dtype, channels=70, d_state=16, directions=2, device="cuda")
