@@ -75,8 +75,8 @@ def reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 
 def relative_error(value, truth):
-    # A gradient can be zero, of A for one token; against that a kernel's 1e-9 is no error. The inputs are near 1.
-    return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(1e-3)).item()
+    # A gradient can be zero, of A for one token; against that a kernel's 1e-5 is no error. The inputs are near 1.
+    return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(1e-2)).item()
 
 
 def check_against_reference(inputs, softplus, backend):
@@ -150,7 +150,104 @@ def test_triton_backend_takes_slices_as_they_are():
 def test_triton_backend_is_a_well_formed_operator():
     inputs = make_inputs(5, OPTIONS["all"], torch.float32, directions=2, device=DEVICE["triton"])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(scan_module._triton_scan, (*inputs.values(), True), test_utils=checks)
+    torch.library.opcheck(scan_module._triton_scan, (*inputs.values(), True, True), test_utils=checks)
+
+
+def conv_reference(x, weight, bias, both):
+    """PyTorch's own depthwise convolution, the second half of the channels on the reversed sequence."""
+    parts, half = [], x.shape[2] // 2 if both else x.shape[2]
+    for part, backwards in ((slice(0, half), False), (slice(half, None), True)):
+        u, w = x[..., part].transpose(1, 2), weight[part].unsqueeze(1)
+        u = F.conv1d(u.flip(2) if backwards else u, w, bias[part], padding=weight.shape[1] - 1, groups=len(w))
+        u = F.silu(u[..., : x.shape[1]])
+        parts.append((u.flip(2) if backwards else u).transpose(1, 2))
+        if not both:
+            break
+    return torch.cat(parts, dim=2)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "channels", "taps"), [(1, 2, 4), (3, 6, 4), (70, 130, 4), (66, 256, 2)])
+def test_the_short_convolution_equals_conv1d(length, channels, taps, dtype, both, backend):
+    generator, device = torch.Generator().manual_seed(length), DEVICE[backend]
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    # Wider than what is read, so that rows are not contiguous.
+    wide, weight, bias = draw(2, length, channels + 3), draw(channels, taps), draw(channels)
+    wide = wide.to(dtype).double()
+    exact = [t.clone().requires_grad_() for t in (wide[..., :channels], weight, bias)]
+    truth = conv_reference(*exact, both)
+    weights = draw(*truth.shape).to(dtype).double()
+    true_gradients = torch.autograd.grad((truth * weights).sum(), exact)
+
+    x = wide.to(device, dtype)[..., :channels].detach().requires_grad_()
+    inputs = (x, *(t.to(device, torch.float32).requires_grad_() for t in (weight, bias)))
+    y = scan_module.causal_conv(*inputs, both, backend)
+    gradients = torch.autograd.grad(y, inputs, weights.to(device, dtype))
+    assert y.dtype == dtype
+    for name, value, exact_value in zip("yxwb", (y, *gradients), (truth, *true_gradients)):
+        assert relative_error(value, exact_value) < TOLERANCE[dtype], name
+
+
+def inner_inputs(dtype, both, device, length=19, channels=6, d_state=3, rank=2):
+    generator, directions = torch.Generator().manual_seed(0), 1 + both
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    inputs = {
+        "xz": draw(2, length, 2 * channels),
+        "conv_weight": draw(channels, 4),
+        "conv_bias": draw(channels),
+        "x_proj": draw(rank + 2 * directions * d_state, channels),
+        "dt_proj": draw(channels, rank),
+        "A": -draw(channels, d_state).exp(),
+        "D": draw(channels),
+        "dt_bias": draw(channels),
+    }
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    return {k: v.to(device, dtype if k == "xz" else parameter_dtype).requires_grad_() for k, v in inputs.items()}
+
+
+@needs_triton
+@pytest.mark.parametrize("both", [False, True])
+def test_the_fused_mamba_equals_its_parts(both):
+    exact = inner_inputs(torch.float64, both, "cpu")
+    inputs = inner_inputs(torch.float32, both, DEVICE["triton"])
+    values = []
+    for tensors, backend in ((exact, "torch"), (inputs, "triton")):
+        y = scan_module.mamba_inner(**tensors, bidirectional=both, backend=backend)
+        weights = torch.arange(y.numel(), dtype=torch.float64).cos().view_as(y).to(y)
+        values.append((y, *torch.autograd.grad(y, tuple(tensors.values()), weights)))
+    for name, truth, value in zip(["y", *inputs], *values):
+        assert relative_error(value, truth) < TOLERANCE[torch.float32], name
+
+
+@needs_triton
+def test_nothing_is_kept_where_no_gradient_is_asked_for(monkeypatch):
+    kept = []
+    room = scan_module._kept_states
+    monkeypatch.setattr(scan_module, "_kept_states", lambda *a: kept.append(room(*a)) or kept[-1])
+    inputs = inner_inputs(torch.float32, True, DEVICE["triton"])
+    with torch.no_grad():
+        alone = scan_module.mamba_inner(**inputs, bidirectional=True, backend="triton")
+    assert [t.numel() for t in kept] == [0]
+    assert torch.equal(alone, scan_module.mamba_inner(**inputs, bidirectional=True, backend="triton"))
+    assert kept[1].numel() > 0
+
+
+@pytest.mark.parametrize("name", ["xz", "conv_weight", "conv_bias", "x_proj", "dt_proj"])
+def test_a_wrong_shape_of_the_fused_mamba_is_named(name):
+    inputs = inner_inputs(torch.float32, True, "cpu")
+    inputs[name] = inputs[name].detach()[..., :-1] if name == "xz" else inputs[name].detach()[:-1]
+    with pytest.raises(ValueError, match=rf"mamba_inner: {name} must have shape \(.*\), got \("):
+        scan_module.mamba_inner(**inputs, bidirectional=True)
+
+
+def test_wrong_shapes_of_the_convolution_are_named():
+    x, weight, bias = torch.ones(1, 5, 3), torch.ones(3, 4), torch.ones(3)
+    with pytest.raises(ValueError, match=r"got \(1, 5, 3\), \(2, 4\) and \(3,\)"):
+        scan_module.causal_conv(x, weight[:2], bias)
+    with pytest.raises(ValueError, match="even number of channels, got 3"):
+        scan_module.causal_conv(x, weight, bias, bidirectional=True)
 
 
 @needs_triton
@@ -212,7 +309,7 @@ def test_an_unknown_backend_lists_the_known():
 def test_the_cpu_takes_torch_and_says_why():
     name, why = scan_module.use_backend("auto", "cpu")
     assert name == "torch"
-    assert "needs a GPU" in why
+    assert "need a GPU" in why
 
 
 def test_mamba_ssm_by_name_on_the_cpu_is_an_error():
@@ -223,6 +320,7 @@ def test_mamba_ssm_by_name_on_the_cpu_is_an_error():
 def install_fake(monkeypatch, error_at_import=None, scan=None):
     """Make importing or calling mamba_ssm fail in a given way; with neither error nor scan it is not installed."""
     monkeypatch.setattr(scan_module, "_faults", {})
+    monkeypatch.setattr(scan_module, "_try_triton", lambda device: "Triton's kernels do not run (a test)")
     real_import = scan_module.importlib.import_module
 
     def fake_import(name):
@@ -272,7 +370,32 @@ def test_each_fault_of_mamba_ssm_is_told_in_one_line_and_torch_goes_on(monkeypat
 
 def test_a_working_mamba_ssm_is_taken(monkeypatch):
     install_fake(monkeypatch, scan=lambda u, *_: u)
-    assert scan_module.choose_backend("cuda") == ("mamba_ssm", "CUDA kernel, release unknown")
+    name, why = scan_module.choose_backend("cuda")
+    assert name == "mamba_ssm"
+    assert "WARNING" in why
+    assert "Triton's kernels do not run" in why
+
+
+@needs_triton
+def test_triton_comes_first_where_it_runs(monkeypatch):
+    install_fake(monkeypatch, scan=lambda u, *_: u)
+    monkeypatch.setattr(scan_module, "_try_triton", lambda device: "")
+    name, why = scan_module.choose_backend("cuda")
+    assert name == "triton"
+    assert "WARNING" not in why
+
+
+@needs_triton
+def test_triton_is_tried_where_no_gradients_are():
+    with torch.no_grad():
+        assert scan_module._try_triton(torch.device(DEVICE["triton"])) == ""
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_triton_cannot_use_is_a_fault_not_a_crash(monkeypatch):
+    monkeypatch.setattr(scan_module, "_faults", {})
+    assert "Triton's kernels do not run" in scan_module.triton_fault("cuda")
 
 
 COMPILE = """
@@ -282,11 +405,15 @@ from triton.compiler import ASTSource
 import selective_scan as scan
 
 flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True, DIRECTIONS=2, BLOCK_N=16)
-float32 = "A D delta_bias starts scratch dA dB dC dD ddelta_bias".split()
-bfloat16 = "dout u delta B C z out du ddelta dz".split()
-forward = {**scan.FORWARD, "STATES_ONLY": False}
-for kernel, sizes in [(scan._forward_kernel, forward), (scan._backward_kernel, scan.BACKWARD)]:
-    constants = {**flags, **sizes}
+float32 = "A D delta_bias starts scratch dA dB dC dD ddelta_bias weight bias dweight dbias".split()
+bfloat16 = "dout u delta B C z out du ddelta dz x dx".split()
+kernels = [
+    (scan._forward_kernel, {**flags, **scan.FORWARD, "KEEP_EVERY": 16}),
+    (scan._backward_kernel, {**flags, **scan.BACKWARD}),
+    (scan._conv_forward_kernel, {**scan.CONV, "TAPS": 4}),
+    (scan._conv_backward_kernel, {**scan.CONV, "TAPS": 4}),
+]
+for kernel, constants in kernels:
     kinds = dict.fromkeys(float32, "*fp32") | dict.fromkeys(bfloat16, "*bf16") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in kernel.arg_names}, constants)
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["cubin"]))
@@ -302,7 +429,7 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     command = [sys.executable, str(tmp_path / "compile.py")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert [int(size) > 1000 for size in process.stdout.split()] == [True, True]
+    assert [int(size) > 1000 for size in process.stdout.split()] == [True] * 4
 
 
 @pytest.mark.gpu
@@ -322,4 +449,48 @@ def test_backends_agree_on_the_gpu(backend, options, length, dtype):
         y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=True, backend=name)
         results[name] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
     for name, ours, theirs in zip(["y", *used], results["torch"], results[backend]):
+        assert relative_error(theirs, ours) < TOLERANCE[dtype], name
+
+
+# The grid of mamba-ssm's own test of its scan, tests/ops/test_selective_scan.py of release 2.3.2, in both directions.
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [8, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("softplus", [False, True], ids=["", "softplus"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "D"])
+@pytest.mark.parametrize("gate", [False, True], ids=["", "z"])
+def test_triton_on_the_grid_of_mamba_ssm(gate, skip, bias, softplus, length, dtype):
+    options = {"z": gate, "D": skip, "delta_bias": bias, "softplus": softplus}
+    options = [name for name, used in options.items() if used]
+    inputs = make_inputs(length, options, dtype, batch=2, channels=4, d_state=8, directions=2, device="cuda")
+    if bias and not softplus:  # a step size must be positive
+        inputs["delta_bias"] = inputs["delta_bias"].detach().abs().requires_grad_()
+    results = []
+    for backend in ("torch", "triton"):
+        exact = backend == "torch"
+        tensors = {k: None if v is None else v.detach().double() if exact else v.detach() for k, v in inputs.items()}
+        used = [v.requires_grad_() for v in tensors.values() if v is not None]
+        y = selective_scan(**tensors, delta_softplus=softplus, bidirectional=True, backend=backend)
+        results.append(
+            (y, *torch.autograd.grad(y, used, torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y)))
+        )
+    for name, truth, value in zip(["y", *(k for k, v in inputs.items() if v is not None)], *results):
+        assert relative_error(value, truth) < 5 * TOLERANCE[dtype], name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_triton_at_the_size_of_the_model(dtype):
+    inputs = make_inputs(512, OPTIONS["all"], dtype, 4, 512, 16, directions=2, device="cuda")
+    results = {}
+    for backend in ("torch", "triton", "triton"):
+        y = selective_scan(**inputs, delta_softplus=True, bidirectional=True, backend=backend)
+        values = (y, *torch.autograd.grad(y, tuple(inputs.values()), torch.ones_like(y)))
+        if backend in results:  # the same at every run, bit for bit
+            assert all(torch.equal(a, b) for a, b in zip(values, results[backend]))
+        results[backend] = values
+    for name, ours, theirs in zip(["y", *inputs], results["torch"], results["triton"]):
         assert relative_error(theirs, ours) < TOLERANCE[dtype], name
