@@ -68,16 +68,12 @@ def test_mamba_is_causal_and_bimamba_is_not(nb):
     assert (bimamba(x)[:, 0] - bimamba(changed)[:, 0]).abs().max() > 0
 
 
-def test_reversing_the_input_swaps_the_directions(nb):
+def test_bimamba_is_a_mamba_each_way_and_a_join(nb):
     torch.manual_seed(0)
-    bimamba = nb.BiMamba(16)
-    bimamba.backward_mamba.load_state_dict(bimamba.forward_mamba.state_dict())
-    x = torch.randn(2, 11, 16)
-    forward, backward = bimamba.directions(x)
-    forward_of_reversed, backward_of_reversed = bimamba.directions(x.flip(1))
+    bimamba, x = nb.BiMamba(16), torch.randn(2, 11, 16)
+    forward, backward = bimamba.forward_mamba(x), bimamba.backward_mamba(x.flip(1)).flip(1)
     assert (forward - backward).abs().max() > 1e-3
-    assert torch.equal(forward_of_reversed, backward.flip(1))
-    assert torch.equal(backward_of_reversed, forward.flip(1))
+    assert torch.allclose(bimamba(x), bimamba.join(torch.cat([forward, backward], dim=-1)), atol=1e-6)
 
 
 def test_both_residuals_of_the_last_block_are_kept(nb):
@@ -99,12 +95,16 @@ def test_lp_tokens_go_in_evenly_and_come_out_whole(nb, num_lp, num_patches):
     sequence = lp.insert(patches)
     places = [math.floor(i * (length - 1) / (num_lp - 1)) for i in range(num_lp)]
     assert sequence.shape == (3, length, 4)
-    assert lp.places.tolist() == places
+    assert lp.inverse[:num_lp].tolist() == places
     assert places[0] == 0
     assert places[-1] == length - 1
     assert torch.equal(sequence[:, places], lp.tokens.expand(3, -1, -1))
     assert torch.equal(lp.extract(sequence), lp.tokens.expand(3, -1, -1))
+    patches.requires_grad_()
+    weights = torch.randn_like(sequence)
+    (gradient,) = torch.autograd.grad((lp.insert(patches) * weights).sum(), patches)
     rest = [i for i in range(length) if i not in set(places)]
+    assert torch.equal(gradient, weights[:, rest])
     assert torch.equal(sequence[:, rest], patches)
 
 
@@ -258,7 +258,7 @@ def test_a_patch_size_that_does_not_fit(tiny):
 def test_the_default_model_has_the_sizes_of_the_figure(nb):
     model = nb.MambaGINR()
     shapes = {}
-    for name in ("patch_embedding", "encoder", "decoder.fourier", "decoder.attention", "decoder.mix", "decoder"):
+    for name in ("patch_embedding", "encoder", "decoder.fourier", "decoder.attention", "decoder.blocks", "decoder"):
         model.get_submodule(name).register_forward_hook(
             lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape)})
         )
@@ -271,7 +271,7 @@ def test_the_default_model_has_the_sizes_of_the_figure(nb):
         "encoder": (1, 512, 256),
         "decoder.fourier": (1, 10, 64),
         "decoder.attention": (1, 10, 512),
-        "decoder.mix": (1, 10, 512),
+        "decoder.blocks": (1, 10, 512),
         "decoder": (1, 10, 3),
     }
     # 4 bytes each: a float32 checkpoint stays under 50 MB.

@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+import selective_scan as scan_module
+from selective_scan import triton
+
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "BETA2": 0.99, "WEIGHT_DECAY": 1e-4,
-    "GRADIENT_CLIP": 1.0, "SEED": 0,
+    "GRADIENT_CLIP": 1.0, "SEED": 0, "COMPILE": False,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
 
@@ -287,6 +290,52 @@ def test_eight_images_are_learnt_past_40_db(nb):
         assert nb.psnr(model(images, coords), target).mean() > 40
 
 
+def test_the_rate_of_a_step_is_the_one_asked_for(nb, tiny):
+    model, images = tiny(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1.0, compiled=False)
+    loss = step(images, 0.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(step(images, 1e-3), loss)
+    assert step(images, 1e-3) < loss
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
+    monkeypatch.setitem(scan_module._chosen, "backend", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, images = tiny().to(device), torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, device=device)
+    model.precision = torch.bfloat16
+    step = nb.TrainingStep(model, nb.make_optimizer(model, 1e-3, 0.99, 0.1), 1.0, compiled=False)
+    losses, gradients = [], []
+    for loss_of in (
+        step.reconstruction_loss,
+        torch.compile(step.reconstruction_loss, backend="aot_eager", fullgraph=True),
+    ):
+        model.zero_grad()
+        losses.append(loss_of(images))
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert torch.equal(*losses)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16], ids=str)
+def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision):
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(0, 256, (8, 4, 3, 8, 8), generator=generator, dtype=torch.uint8).cuda()
+    losses = []
+    for compiled in (False, True):
+        model = tiny().cuda()
+        model.precision = precision
+        step = nb.TrainingStep(model, nb.make_optimizer(model, 1e-3, 0.99, 0.1), 1.0, compiled)
+        losses.append([step(batch, 1e-3 * (i + 1) / 8).item() for i, batch in enumerate(batches)])
+        assert (step.graph is not None) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if precision == torch.float16 else 1e-4)
+
+
 def test_weight_decay_spares_what_is_no_linear_map(nb, tiny):
     model = tiny()
     decay, no_decay = nb.make_optimizer(model, 1e-3, 0.99, 0.1).param_groups
@@ -316,7 +365,7 @@ def test_settings_that_fit_no_epoch(start, changes, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-DEFAULTS = {"EPOCHS": 40, "LEARNING_RATE": 5e-4, "DATASET": "auto", "MIXED_PRECISION": False}
+DEFAULTS = {"EPOCHS": 40, "LEARNING_RATE": 5e-4, "DATASET": "auto", "COMPILE": False}
 
 
 def test_settings_come_from_the_environment(nb):
@@ -324,11 +373,11 @@ def test_settings_come_from_the_environment(nb):
         "MAMBA_GINR_EPOCHS": "7",
         "MAMBA_GINR_LEARNING_RATE": "1e-3",
         "MAMBA_GINR_DATASET": "folder",
-        "MAMBA_GINR_MIXED_PRECISION": "true",
+        "MAMBA_GINR_COMPILE": "true",
         "HOME": "/",
     }
     settings = nb.settings_from_environment(DEFAULTS, environment)
-    assert settings == {"EPOCHS": 7, "LEARNING_RATE": 1e-3, "DATASET": "folder", "MIXED_PRECISION": True}
+    assert settings == {"EPOCHS": 7, "LEARNING_RATE": 1e-3, "DATASET": "folder", "COMPILE": True}
     assert nb.settings_from_environment(DEFAULTS, {}) == DEFAULTS
 
 
@@ -341,7 +390,7 @@ def test_settings_come_from_the_environment(nb):
         ("EPOCHS", "-1", "at least 0"),
         ("LEARNING_RATE", "nan", "expected float"),
         ("LEARNING_RATE", "inf", "expected float"),
-        ("MIXED_PRECISION", "maybe", "expected 0, 1, false or true"),
+        ("COMPILE", "maybe", "expected 0, 1, false or true"),
     ],
 )
 def test_a_wrong_setting_says_what_is_valid(nb, name, value, message):
