@@ -480,14 +480,18 @@ def _first_line(error: Exception) -> str:
 # kernel as partial sums and are added by PyTorch, so that gradients are the same at every run.
 
 if triton is not None:
-    LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+    LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
     def _softplus(x):
-        """log(1 + eˣ), with log1p's series where eˣ is small, so that small step sizes keep their precision."""
-        e = tl.exp(tl.minimum(x, 20.0))
-        series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))
-        return tl.where(x > 20.0, x, tl.where(e < 0.03, series, tl.log(1.0 + e)))
+        """log(1 + eˣ), right to 2e-7 of its value also where that is small: a polynomial instead of the logarithm."""
+        e = tl.exp(-tl.abs(x))  # in 0 … 1, where log(1 + e) = e p(e)
+        p = 0.0198514480 - 0.0032440221 * e
+        p = 0.1060365215 - e * (0.0569595098 - e * p)
+        p = 0.1967593879 - e * (0.1530559063 - e * p)
+        p = 0.3332996368 - e * (0.2495413423 - e * p)
+        p = 1.0 - e * (0.4999990165 - e * p)
+        return tl.maximum(x, 0.0) + e * p
 
     @triton.jit
     def _load(pointer, offsets, mask, MASKED: tl.constexpr):
@@ -535,12 +539,17 @@ if triton is not None:
         return raw, tl.where(in_half, delta_t, 0.0) if MASKED else delta_t
 
     @triton.jit
+    def _decay(delta_t, A_nd):
+        """exp(delta_t A); the step size takes log2 e, because A with it would be off by the same at every step."""
+        return tl.exp2((delta_t * LOG2_E)[None, :] * A_nd)
+
+    @triton.jit
     def _advance(h, read, bias, A_nd, in_half, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
         """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t"""
         u_t, stored, B_t = read
         _raw, delta_t = _step_size(stored, bias, in_half, SOFTPLUS, MASKED)
         written = (delta_t * u_t.to(tl.float32))[None, :] * B_t.to(tl.float32)[:, None]
-        return tl.exp2(delta_t[None, :] * A_nd) * h + written
+        return _decay(delta_t, A_nd) * h + written
 
     @triton.jit(do_not_specialize=["one"])
     def _forward_kernel(
@@ -554,7 +563,7 @@ if triton is not None:
         # states of a channel to one thread: the sum over states then needs no other thread.
         direction, _block, batch, d, n, in_half, in_states = _owned(half, d_state, one, DIRECTIONS, COLUMNS, BLOCK_N)
         channels, here = DIRECTIONS * half, in_states[:, None] & in_half[None, :]
-        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED) * LOG2_E
+        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
         skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
         bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
         u, delta = u + batch * u_batch, delta + batch * delta_batch
@@ -606,7 +615,7 @@ if triton is not None:
         # Here neighbouring channels share a thread, since the sums over channels (dB, dC) cost most.
         direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, 1, DIRECTIONS, COLUMNS, BLOCK_N)
         channels, chunks, here = DIRECTIONS * half, tl.cdiv(length, CHUNK), in_states[:, None] & in_half[None, :]
-        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED) * LOG2_E
+        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
         skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
         bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
         u, delta, dout = u + batch * u_batch, delta + batch * delta_batch, dout + batch * dout_batch
@@ -632,6 +641,10 @@ if triton is not None:
             start = (chunks - 1 - back) * d_state * channels
             state = _load(starts, start + n[:, None] * channels + d[None, :], here, MASKED)
             tl.store(scratch + own, state)
+            # Sums over time in two levels, within a chunk and over chunks: one chain would lose digits.
+            dA_chunk = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+            dD_chunk = tl.zeros([COLUMNS], tl.float32)
+            dbias_chunk = tl.zeros([COLUMNS], tl.float32)
 
             # The chunk once more, as in the forward pass: the states before its groups of steps go to the scratch. The
             # state after it is known, except after the last chunk of all.
@@ -705,7 +718,7 @@ if triton is not None:
                         tl.store(dz + place * dz_time + d, dz_t.to(dz.dtype.element_ty), mask=in_half)
                         dy *= z_t * open_z
                     if HAS_D:
-                        dD_d += dy * u_t
+                        dD_chunk += dy * u_t
 
                     # Through the state: h_t = decay_t h_{t-1} + delta_t u_t B_t, y_t = C_t h_t.
                     dh += C_t[:, None] * dy[None, :]
@@ -714,20 +727,23 @@ if triton is not None:
                     dC_t = tl.sum(h * dy[None, :], 1)
                     tl.store(dB + place * (DIRECTIONS * d_state) + n, dB_t, mask=in_states)
                     tl.store(dC + place * (DIRECTIONS * d_state) + n, dC_t, mask=in_states)
-                    dh *= tl.exp2(delta_t[None, :] * A_nd)
+                    dh *= _decay(delta_t, A_nd)
                     dexponent = dh * earlier_h  # gradient of delta_t A
-                    ddelta_t = dwritten * u_t + tl.sum(dexponent * A_nd, 0) * LN_2
-                    dA_nd += dexponent * delta_t[None, :]
+                    ddelta_t = dwritten * u_t + tl.sum(dexponent * A_nd, 0)
+                    dA_chunk += dexponent * delta_t[None, :]
                     if SOFTPLUS:
                         ddelta_t *= tl.sigmoid(raw)
                     if HAS_BIAS:
-                        dbias_d += tl.where(in_half, ddelta_t, 0.0) if MASKED else ddelta_t
+                        dbias_chunk += tl.where(in_half, ddelta_t, 0.0) if MASKED else ddelta_t
                     tl.store(ddelta + place * channels + d, ddelta_t.to(ddelta.dtype.element_ty), mask=in_half)
                     du_t = dwritten * delta_t
                     if HAS_D:
                         du_t += skip * dy
                     tl.store(du + place * channels + d, du_t.to(du.dtype.element_ty), mask=in_half)
                     h = earlier_h
+            dA_nd += dA_chunk
+            dD_d += dD_chunk
+            dbias_d += dbias_chunk
             tl.debug_barrier()
 
         # Sums over this image's time; (batch, ...).

@@ -138,6 +138,15 @@ def test_triton_backend_at_odd_sizes(length, channels, d_state, dtype):
 
 
 @needs_triton
+def test_triton_softplus_keeps_its_digits_where_it_is_small():
+    raw = torch.linspace(-20, 30, 1001, device=DEVICE["triton"]).view(1, 1, -1)
+    one, A = torch.ones_like(raw), -torch.ones(raw.shape[2], 1, device=raw.device)
+    # After one step from h = 0 with u = B = C = 1, y is the step size.
+    y = selective_scan(one, raw, A, one[..., :1], one[..., :1], delta_softplus=True, backend="triton")
+    assert torch.allclose(y.double(), F.softplus(raw.double(), threshold=100), rtol=5e-7, atol=0)
+
+
+@needs_triton
 def test_triton_backend_takes_slices_as_they_are():
     inputs = make_inputs(6, OPTIONS["all"], torch.float32, directions=2, device=DEVICE["triton"])
     how = {"delta_softplus": True, "bidirectional": True, "backend": "triton"}
