@@ -106,9 +106,14 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional) -> None:
         "z": (z, (batch, length, channels)),
         "delta_bias": (delta_bias, (channels,)),
     }
+    _expect("selective_scan", expected)
+
+
+def _expect(caller: str, expected: dict) -> None:
+    """ValueError for the first tensor, if it is given, that has not the shape beside it."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{caller}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def causal_conv(
@@ -140,10 +145,8 @@ def causal_conv(
     with torch.autocast(x.device.type, enabled=False):
         if name != "triton":
             return _conv_torch(x, weight, bias, bidirectional)
-        if fault := triton_fault(x.device):
-            raise RuntimeError(f"scan backend triton: {fault}")
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        return _triton_conv(x, weight.float().contiguous(), bias.float(), bidirectional)
+        _require("triton", x.device)
+        return _triton_conv(_rows(x), weight.float().contiguous(), bias.float(), bidirectional)
 
 
 def _conv_torch(x: Tensor, weight: Tensor, bias: Tensor, bidirectional: bool) -> Tensor:
@@ -197,16 +200,13 @@ def mamba_inner(
         "x_proj": (x_proj, (rank + 2 * directions * d_state, channels)),
         "dt_proj": (dt_proj, (channels, rank)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"mamba_inner: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _expect("mamba_inner", expected)
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
     with torch.autocast(xz.device.type, enabled=False):
         if _backend_for(backend, xz.device) == "triton" and not triton_fault(xz.device) and xz.dtype != torch.float64:
             A, D, conv_weight, conv_bias, dt_bias = (t.float() for t in (A, D, conv_weight, conv_bias, dt_bias))
             inputs = (xz.contiguous(), conv_weight.contiguous(), conv_bias, x_proj, dt_proj, A, D, dt_bias)
-            keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-            return _triton_inner(*inputs, bidirectional, keep)[0]
+            return _triton_inner(*inputs, bidirectional, _gradients_wanted(inputs))[0]
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv(x, conv_weight, conv_bias, bidirectional, backend)
         delta, B, C = F.linear(u, x_proj).split([rank, directions * d_state, directions * d_state], dim=-1)
@@ -348,18 +348,24 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tens
 
 def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
     """Both directions in one launch, forward and backward; see the kernels below."""
-    if fault := triton_fault(u.device):
-        raise RuntimeError(f"scan backend triton: {fault}")
+    _require("triton", u.device)
     if u.dtype == torch.float64:
         raise RuntimeError("scan backend triton: float64 is for the torch backend; the kernel's state is float32")
     if not bidirectional:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
-    # The kernels step through time and batch by strides, but read channels and states side by side.
-    u, delta, z, B, C = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (u, delta, z, B, C))
+    u, delta, z, B, C = (None if t is None else _rows(t) for t in (u, delta, z, B, C))
     A, D, delta_bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _triton_scan(*inputs, delta_softplus, keep)[0]
+    return _triton_scan(*inputs, delta_softplus, _gradients_wanted(inputs))[0]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The kernels step through time and batch by strides, but read channels and states side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _gradients_wanted(inputs: tuple) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 BACKENDS = {"torch": _scan_torch, "triton": _scan_triton, "mamba_ssm": _scan_mamba_ssm}
@@ -378,8 +384,7 @@ def use_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    if fault := backend_fault(name, device):
-        raise RuntimeError(f"scan backend {name}: {fault}")
+    _require(name, device)
     _chosen["backend"] = name
     return choose_backend(device) if name == "auto" else (name, "as asked")
 
@@ -401,6 +406,12 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
 def backend_fault(name: str, device: torch.device | str) -> str:
     """Say what keeps the backend ``name`` from running on ``device``; "" if it runs."""
     return {"mamba_ssm": mamba_ssm_fault, "triton": triton_fault}.get(name, lambda _: "")(device)
+
+
+def _require(name: str, device: torch.device | str) -> None:
+    """RuntimeError that says why, if the backend ``name`` does not run on ``device``."""
+    if fault := backend_fault(name, device):
+        raise RuntimeError(f"scan backend {name}: {fault}")
 
 
 def triton_fault(device: torch.device | str) -> str:
@@ -502,11 +513,16 @@ if triton is not None:
             return tl.load(pointer + offsets)
 
     @triton.jit
-    def _owned(half, d_state, one, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr):
-        """What this program owns: direction, block of channels, image, channels (COLUMNS,), states (N,), and masks."""
+    def _share(half, COLUMNS: tl.constexpr):
+        """Of the first axis of the grid: direction, block of channels, and the channels within the direction."""
         blocks = tl.cdiv(half, COLUMNS)
-        direction, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-        inner = block * COLUMNS + tl.arange(0, COLUMNS)
+        block = tl.program_id(0) % blocks
+        return tl.program_id(0) // blocks, block, block * COLUMNS + tl.arange(0, COLUMNS)
+
+    @triton.jit
+    def _owned(half, d_state, one, COLUMNS: tl.constexpr, N: tl.constexpr):
+        """What this program owns: direction, block of channels, image, channels (COLUMNS,), states (N,), and masks."""
+        direction, block, inner = _share(half, COLUMNS)
         n = tl.arange(0, N)
         in_half, in_states = inner < half, n < d_state
         d = tl.max_contiguous((direction * half + inner) * one, COLUMNS)
@@ -553,7 +569,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["one"])
     def _forward_kernel(
-        u, delta, A, B, C, D, z, delta_bias, out, starts, length, half, d_state, one,
+        u, delta, A, B, C, D, z, delta_bias, out, starts, one, length, half, d_state,
         u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         KEEP_EVERY: tl.constexpr, MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
@@ -561,7 +577,7 @@ if triton is not None:
     ):  # fmt: skip
         # The compiler does not know that ``one`` is 1, so it gives neighbouring channels to neighbouring threads, all
         # states of a channel to one thread: the sum over states then needs no other thread.
-        direction, _block, batch, d, n, in_half, in_states = _owned(half, d_state, one, DIRECTIONS, COLUMNS, BLOCK_N)
+        direction, _block, batch, d, n, in_half, in_states = _owned(half, d_state, one, COLUMNS, BLOCK_N)
         channels, here = DIRECTIONS * half, in_states[:, None] & in_half[None, :]
         A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
         skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
@@ -606,14 +622,14 @@ if triton is not None:
     @triton.jit
     def _backward_kernel(
         dout, u, delta, A, B, C, D, z, delta_bias, starts, scratch, du, ddelta, dz, dA, dB, dC, dD, ddelta_bias,
-        batches, dout_batch, dout_time, dz_batch, dz_time, length, half, d_state, one,
+        batches, dout_batch, dout_time, dz_batch, dz_time, length, half, d_state,
         u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
         CHUNK: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
     ):  # fmt: skip
         # Here neighbouring channels share a thread, since the sums over channels (dB, dC) cost most.
-        direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, 1, DIRECTIONS, COLUMNS, BLOCK_N)
+        direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, 1, COLUMNS, BLOCK_N)
         channels, chunks, here = DIRECTIONS * half, tl.cdiv(length, CHUNK), in_states[:, None] & in_half[None, :]
         A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
         skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
@@ -774,7 +790,7 @@ if triton is not None:
         strides += [s for t in (B, C) for s in t.stride()[:3]]
         # A as (d_state, channels): neighbouring channels lie side by side.
         kernel[blocks * directions, batch](
-            *before, u, delta, A.t().contiguous(), *inputs[3:], *after, length, half, d_state, 1, *strides,
+            *before, u, delta, A.t().contiguous(), *inputs[3:], *after, length, half, d_state, *strides,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
             MASKED=half % sizes["COLUMNS"] != 0 or block_n != d_state, DIRECTIONS=directions, BLOCK_N=block_n,
             num_warps=1, **sizes, **flags,
@@ -794,7 +810,7 @@ if triton is not None:
         u, _, A, *_ = inputs
         out, starts = torch.empty_like(u, memory_format=torch.contiguous_format), _kept_states(u, A, keep)
         every = BACKWARD["CHUNK"] if keep else 0
-        _launch(_forward_kernel, (), inputs, (out, starts), softplus, FORWARD, KEEP_EVERY=every)
+        _launch(_forward_kernel, (), inputs, (out, starts, 1), softplus, FORWARD, KEEP_EVERY=every)
         return out, starts
 
     def _scan_backward(dout: Tensor, starts: Tensor, inputs, softplus: bool, dz: Tensor) -> tuple[Tensor, ...]:
@@ -844,14 +860,14 @@ if triton is not None:
         return tuple(_room_for(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
 
     def _save_inputs(ctx, inputs, output) -> None:
-        *tensors, ctx.softplus, _keep = inputs
+        """For operators that take (tensors ..., a flag, keep) and return (y, the kept states)."""
+        *tensors, ctx.flag, _keep = inputs
         ctx.save_for_backward(output[1], *tensors)
         ctx.set_materialize_grads(False)
 
     def _gradients(ctx, dout: Tensor, _dstarts):
         starts, *tensors = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        gradients = _triton_scan_backward(dout, starts, *tensors, ctx.softplus)
+        gradients = _triton_scan_backward(_rows(dout), starts, *tensors, ctx.flag)
         return *(None if t is None else g for t, g in zip(tensors, gradients)), None, None
 
     _triton_scan.register_autograd(_gradients, setup_context=_save_inputs)
@@ -865,9 +881,7 @@ if triton is not None:
     @triton.jit
     def _conv_part(half, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
         """Direction, image, number of this part among all, channels and whether they are there, first step."""
-        blocks = tl.cdiv(half, COLUMNS)
-        direction, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-        inner = block * COLUMNS + tl.arange(0, COLUMNS)
+        direction, _block, inner = _share(half, COLUMNS)
         batch = tl.program_id(2).to(tl.int64)
         part = batch * tl.num_programs(1) + tl.program_id(1)
         return direction, batch, part, direction * half + inner, inner < half, tl.program_id(1) * TOKENS
@@ -887,6 +901,22 @@ if triton is not None:
         return taps
 
     @triton.jit
+    def _window(x, first, length, direction, x_time, d, in_half, TAPS: tl.constexpr):
+        """The TAPS - 1 inputs before step ``first``, newest first."""
+        window = ()
+        for back in tl.static_range(1, TAPS):
+            window = window + (_read_row(x, first - back, length, direction, x_time, d, in_half),)
+        return window
+
+    @triton.jit
+    def _filter(taps, window, bias_d, TAPS: tl.constexpr):
+        """The sum before the SiLU."""
+        total = bias_d
+        for back in tl.static_range(TAPS):
+            total += taps[back] * window[back]
+        return total
+
+    @triton.jit
     def _conv_forward_kernel(
         x, weight, bias, out, length, half, channels, x_batch, x_time,
         TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
@@ -894,14 +924,10 @@ if triton is not None:
         direction, batch, _part, d, in_half, first = _conv_part(half, COLUMNS, TOKENS)
         x, out = x + batch * x_batch, out + batch * length * channels
         taps, bias_d = _taps(weight, d, in_half, TAPS), tl.load(bias + d, mask=in_half, other=0.0)
-        window = ()
-        for back in tl.static_range(1, TAPS):
-            window = window + (_read_row(x, first - back, length, direction, x_time, d, in_half),)
+        window = _window(x, first, length, direction, x_time, d, in_half, TAPS)
         for step in tl.range(first, tl.minimum(first + TOKENS, length), loop_unroll_factor=UNROLL):
             window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
-            total = bias_d
-            for back in tl.static_range(TAPS):
-                total += taps[back] * window[back]
+            total = _filter(taps, window, bias_d, TAPS)
             window = window[: TAPS - 1]
             y = total * tl.sigmoid(total)
             tl.store(out + _place(step, length, direction) * channels + d, y.to(out.dtype.element_ty), mask=in_half)
@@ -916,16 +942,14 @@ if triton is not None:
         x, dout, dx = x + batch * x_batch, dout + batch * dout_batch, dx + batch * dx_batch
         taps, bias_d = _taps(weight, d, in_half, TAPS), tl.load(bias + d, mask=in_half, other=0.0)
         zero = tl.zeros([COLUMNS], tl.float32)
-        window, dtotals, dtaps, dbias_d = (), (), (zero,), zero
-        for back in tl.static_range(1, TAPS):
-            window = window + (_read_row(x, first - back, length, direction, x_time, d, in_half),)
+        window, dbias_d = _window(x, first, length, direction, x_time, d, in_half, TAPS), zero
+        dtotals, dtaps = (), (zero,)
+        for _back in tl.static_range(1, TAPS):
             dtotals, dtaps = dtotals + (zero,), dtaps + (zero,)
         end = tl.minimum(first + TOKENS, length)
         for step in tl.range(first, end + TAPS - 1, loop_unroll_factor=UNROLL):
             window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
-            total = bias_d
-            for back in tl.static_range(TAPS):
-                total += taps[back] * window[back]
+            total = _filter(taps, window, bias_d, TAPS)
             gate = tl.sigmoid(total)
             dy = _read_row(dout, step, length, direction, dout_time, d, in_half)
             dtotal = dy * gate * (1 + total * (1 - gate))
@@ -995,8 +1019,7 @@ if triton is not None:
         ctx.save_for_backward(*tensors)
 
     def _conv_gradients(ctx, dout: Tensor):
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        return *_triton_conv_backward(dout, *ctx.saved_tensors, ctx.both), None
+        return *_triton_conv_backward(_rows(dout), *ctx.saved_tensors, ctx.both), None
 
     _triton_conv.register_autograd(_conv_gradients, setup_context=_save_conv_inputs)
 
@@ -1006,14 +1029,12 @@ if triton is not None:
     # them, and write the gradients of both halves of xz where in_proj's backward wants them.
 
     def _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both):
-        """Inputs of the scan: u, delta, B, C, z, and the small projection that holds B and C."""
+        """Input x of the convolution; inputs of the scan u, delta, B, C, z; the small projection that holds B and C."""
         x, z = xz.chunk(2, dim=-1)
         u = _conv_forward(x, conv_weight, conv_bias, both)
-        small = u @ x_proj.t()
-        directions, d_state = (2 if both else 1), A.shape[1]
-        rank = small.shape[-1] - 2 * directions * d_state
-        B, C = small[..., rank:].unflatten(-1, (2, directions, d_state)).unbind(2)
-        return u, small[..., :rank] @ dt_proj.t(), B, C, z, small
+        small, rank = u @ x_proj.t(), dt_proj.shape[1]
+        B, C = small[..., rank:].unflatten(-1, (2, -1, A.shape[1])).unbind(2)
+        return x, u, small[..., :rank] @ dt_proj.t(), B, C, z, small
 
     WEIGHTS = (
         "Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
@@ -1024,7 +1045,7 @@ if triton is not None:
         "mamba_ginr::inner", mutates_args=(), schema=f"(Tensor xz, {WEIGHTS}, bool keep) -> (Tensor, Tensor)"
     )
     def _triton_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both, keep):
-        u, delta, B, C, z, _ = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
+        _x, u, delta, B, C, z, _small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
         return _scan_forward((u, delta, A, B, C, D, z, dt_bias), True, keep)
 
     @torch.library.custom_op(
@@ -1033,7 +1054,7 @@ if triton is not None:
         schema=f"(Tensor dy, Tensor starts, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
     )
     def _triton_inner_backward(dy, starts, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
-        u, delta, B, C, z, small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
+        x, u, delta, B, C, z, small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
@@ -1044,7 +1065,7 @@ if triton is not None:
         dx_proj = rows.t() @ u.flatten(0, 1)
         ddt_proj = ddelta.flatten(0, 1).t() @ small.flatten(0, 1)[:, :rank]
         wide.addmm_(rows, x_proj)
-        dconv_weight, dconv_bias = _conv_backward(du, xz.chunk(2, dim=-1)[0], conv_weight, conv_bias, both, dx)
+        dconv_weight, dconv_bias = _conv_backward(du, x, conv_weight, conv_bias, both, dx)
         return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dA, dD, dbias
 
     @_triton_inner.register_fake
@@ -1056,12 +1077,7 @@ if triton is not None:
     def _(dy, starts, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
         return tuple(torch.empty_like(t) for t in (xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias))
 
-    def _save_inner(ctx, inputs, output) -> None:
-        *tensors, ctx.both, _keep = inputs
-        ctx.save_for_backward(output[1], *tensors)
-        ctx.set_materialize_grads(False)
-
     def _inner_gradients(ctx, dy: Tensor, _dstarts):
-        return *_triton_inner_backward(dy.contiguous(), *ctx.saved_tensors, ctx.both), None, None
+        return *_triton_inner_backward(_rows(dy), *ctx.saved_tensors, ctx.flag), None, None
 
-    _triton_inner.register_autograd(_inner_gradients, setup_context=_save_inner)
+    _triton_inner.register_autograd(_inner_gradients, setup_context=_save_inputs)
