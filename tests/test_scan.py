@@ -74,9 +74,9 @@ def reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return torch.stack(rows).view(batch, channels, length).transpose(1, 2)
 
 
-def relative_error(value, truth):
-    # A gradient can be zero, of A for one token; against that a kernel's 1e-5 is no error. The inputs are near 1.
-    return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(1e-2)).item()
+def relative_error(value, truth, smallest=1e-3):
+    # A gradient can be zero, of A for one token; against that a kernel's 1e-9 is no error. The inputs are near 1.
+    return ((value.double().cpu() - truth.double().cpu()).abs().max() / truth.abs().max().clamp_min(smallest)).item()
 
 
 def check_against_reference(inputs, softplus, backend):
@@ -457,8 +457,10 @@ def test_backends_agree_on_the_gpu(backend, options, length, dtype):
     for name in ("torch", backend):
         y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=True, backend=name)
         results[name] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
+    # For one token mamba-ssm's gradient of A is 2e-5, not zero.
+    smallest = 1e-2 if backend == "mamba_ssm" else 1e-3
     for name, ours, theirs in zip(["y", *used], results["torch"], results[backend]):
-        assert relative_error(theirs, ours) < TOLERANCE[dtype], name
+        assert relative_error(theirs, ours, smallest) < TOLERANCE[dtype], name
 
 
 # The grid of mamba-ssm's own test of its scan, tests/ops/test_selective_scan.py of release 2.3.2, in both directions.
