@@ -8,6 +8,7 @@ NOTEBOOK defaults to mamba_ginr_cifar10.ipynb and EXECUTED to runs/NOTEBOOK. Exi
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -42,6 +43,22 @@ def announce(cell, **_) -> None:
     """Print the title of a code cell as it starts."""
     if cell.cell_type == "code":
         print(cell.source.split("\n")[0].replace("# ", "── "), flush=True)
+
+
+def write_script(notebook: Path, script: Path) -> Path:
+    """Write the code cells into one file, a program and a module, for tests and benchmarks; return its path."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    script.write_text("\n\n\n".join(c.source for c in cells if c.cell_type == "code"), encoding="utf-8")
+    return script
+
+
+def import_script(script: Path):
+    """The file as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def main(notebook: Path, executed: Path) -> int:

@@ -7,6 +7,7 @@ a CPU, where each row therefore runs in a process of its own.
 """
 
 import argparse
+import functools
 import gc
 import importlib.util
 import itertools
@@ -36,19 +37,12 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
+@functools.cache
 def notebook():
     """The notebook's code cells as a module."""
-    name = "mamba_ginr_cells"
-    if name not in sys.modules:
-        cells = json.loads((ROOT / "mamba_ginr_cifar10.ipynb").read_text(encoding="utf-8"))["cells"]
-        path = Path(tempfile.mkdtemp()) / f"{name}.py"
-        path.write_text(
-            "\n\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), encoding="utf-8"
-        )
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    from run_notebook import import_script, write_script
+
+    return import_script(write_script(ROOT / "mamba_ginr_cifar10.ipynb", Path(tempfile.mkdtemp()) / "cells.py"))
 
 
 def median_ms(run) -> float:
@@ -215,7 +209,7 @@ def rows() -> dict[str, tuple | str]:
     found = {}
     if ON_GPU:
         for backend in BACKENDS:
-            name, fault = f"scan, {backend}, both directions, (64, 512, 2×512), 16 states, bfloat16", ""
+            name = f"scan, {backend}, both directions, (64, 512, 2×512), 16 states, bfloat16"
             fault = backend_fault(backend, "cuda")
             found[name] = fault or ("scan_row", backend, 64, 512, 512, 16, 2)
             if backend != "torch":

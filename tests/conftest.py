@@ -1,6 +1,5 @@
 """The tests import the notebook's own code cells, written to a temporary module, and run them as a script too."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 for name in [n for n in os.environ if n.startswith("MAMBA_GINR_")]:
     del os.environ[name]  # settings of the person who runs the tests must not change them
 
+from run_notebook import import_script, write_script  # noqa: E402
+
 
 def notebook_cells(kind: str, path: Path = NOTEBOOK) -> list[dict]:
     """Cells of a kind, "code" or "markdown", with their sources joined."""
@@ -29,19 +30,13 @@ def notebook_cells(kind: str, path: Path = NOTEBOOK) -> list[dict]:
 @pytest.fixture(scope="session")
 def script(tmp_path_factory) -> Path:
     """The code cells in one file: a module to import, and a program when it is run."""
-    path = tmp_path_factory.mktemp("notebook") / "notebook_cells.py"
-    path.write_text("\n\n\n".join(cell["source"] for cell in notebook_cells("code")), encoding="utf-8")
-    return path
+    return write_script(NOTEBOOK, tmp_path_factory.mktemp("notebook") / "notebook_cells.py")
 
 
 @pytest.fixture(scope="session")
 def nb(script):
     """The notebook as a module."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return import_script(script)
 
 
 @pytest.fixture
