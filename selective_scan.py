@@ -435,9 +435,11 @@ def _fault_of(name: str, device: torch.device | str, probe) -> str:
 def _try_triton(device: torch.device) -> str:
     try:
         with torch.enable_grad():  # the first scan may be asked for where no gradients are
-            x = torch.ones(1, 1, 1, device=device, requires_grad=True)
-            A = torch.full((1, 1), -1.0, device=device)
-            out, _states = _triton_scan(x, x, A, x[:, :, None], x[:, :, None], None, None, None, False, True)
+            # Of the kind that the model asks for, so that nothing is compiled in vain.
+            x = torch.ones(1, 16, 64, device=device, dtype=torch.float16, requires_grad=True)
+            A, D = torch.full((64, 16), -1.0, device=device), torch.ones(64, device=device)
+            B = x[..., :32].unflatten(-1, (2, 16))
+            out, _states = _triton_scan(x, x, A, B, B, D, x, D, True, True)
             out.sum().backward()
         return "" if torch.isfinite(x.grad).all() else "Triton's kernels give wrong results on this GPU"
     except Exception as error:
@@ -479,30 +481,44 @@ def _first_line(error: Exception) -> str:
 
 # ── Triton kernels ──────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# One program, one warp, owns one image of the batch and COLUMNS channels of one direction, and walks through time one
-# step after the other with their states, (BLOCK_N, COLUMNS), in registers. What a step reads is asked for some steps
-# ahead, because a warp waits for memory longer than it computes.
+# One program, one warp, owns one image of the batch and COLUMNS channels of one direction, one to a thread. It takes
+# time in chunks of CHUNK steps and, within a chunk, one state after the other: all that a state needs for the steps of
+# a chunk then lies in registers, and only the state itself goes to memory between chunks. Inputs are read as tiles
+# (steps, channels) and cut into one tensor (channels,) for each step, which is free where a thread holds a channel.
 #
-# The forward pass keeps the state before every chunk of the backward pass, if there will be one. That repeats a chunk
-# from there and keeps the states before groups of GROUP steps in a scratch of the program's own, small enough for the
-# cache; from its end backwards it repeats each group, its states now in registers, and walks it in reverse.
+# The forward pass keeps the states after every chunk, if there will be a backward pass. That starts from them: it walks
+# through a chunk once more, its states and decays now in registers, and back.
+#
+# A warp waits longer for memory than it computes, and a load does not pass a store: what comes next, state or chunk,
+# is asked for before the present one is worked on.
 #
 # Nothing is accumulated with atomics: sums over channels (dB, dC) and over the batch (dA, dD, ddelta_bias) leave the
-# kernel as partial sums and are added by PyTorch, so that gradients are the same at every run.
+# kernel as partial sums and are added afterwards, so that gradients are the same at every run.
 
 if triton is not None:
-    LOG2_E = tl.constexpr(1.4426950408889634)
+    LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+    @triton.jit
+    def _exp(x):
+        """eˣ, with the digits that x · log2 e would lose: the nearest power of 2 apart from the rest."""
+        n = tl.floor(x * LOG2_E + 0.5)
+        rest = x - n * 0.693359375 + n * 2.12194440e-4  # ln 2 in two parts, products with the first are exact
+        return tl.exp2(n) * tl.exp2(rest * LOG2_E)
 
     @triton.jit
     def _softplus(x):
         """log(1 + eˣ), right to 2e-7 of its value also where that is small: a polynomial instead of the logarithm."""
-        e = tl.exp(-tl.abs(x))  # in 0 … 1, where log(1 + e) = e p(e)
+        e = _exp(-tl.abs(x))  # in 0 … 1, where log(1 + e) = e p(e)
         p = 0.0198514480 - 0.0032440221 * e
         p = 0.1060365215 - e * (0.0569595098 - e * p)
         p = 0.1967593879 - e * (0.1530559063 - e * p)
         p = 0.3332996368 - e * (0.2495413423 - e * p)
         p = 1.0 - e * (0.4999990165 - e * p)
         return tl.maximum(x, 0.0) + e * p
+
+    @triton.jit
+    def _sigmoid(x):
+        return 1 / (1 + tl.exp2(x * -LOG2_E))
 
     @triton.jit
     def _load(pointer, offsets, mask, MASKED: tl.constexpr):
@@ -520,280 +536,363 @@ if triton is not None:
         return tl.program_id(0) // blocks, block, block * COLUMNS + tl.arange(0, COLUMNS)
 
     @triton.jit
-    def _owned(half, d_state, one, COLUMNS: tl.constexpr, N: tl.constexpr):
-        """What this program owns: direction, block of channels, image, channels (COLUMNS,), states (N,), and masks."""
-        direction, block, inner = _share(half, COLUMNS)
-        n = tl.arange(0, N)
-        in_half, in_states = inner < half, n < d_state
-        d = tl.max_contiguous((direction * half + inner) * one, COLUMNS)
-        return direction, block, tl.program_id(1).to(tl.int64), d, n, in_half, in_states
-
-    @triton.jit
     def _place(step, length, direction):
         """Place in the sequence of a direction's ``step``; beyond an end, the place at that end."""
         step = tl.maximum(tl.minimum(step, length - 1), 0)
         return step + direction * (length - 1 - 2 * step)
 
     @triton.jit
-    def _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED: tl.constexpr):
-        """u, delta (COLUMNS,) and B (N,) of one step, as they are stored."""
-        u_t = _load(u, place * u_time + d, in_half, MASKED)
-        delta_t = _load(delta, place * delta_time + d, in_half, MASKED)
-        return u_t, delta_t, _load(B, place * B_time + n, in_states, MASKED)
+    def _halves_of(tensors, COUNT: tl.constexpr):
+        """Cut every tensor (channels, 2 COUNT) into its first and its last COUNT columns."""
+        halves = ()
+        for i in tl.static_range(len(tensors)):
+            pair = tl.reshape(tensors[i], (tensors[i].shape[0], 2, COUNT))
+            first, last = tl.split(tl.permute(pair, (0, 2, 1)))
+            halves = halves + (first, last)
+        return halves
 
     @triton.jit
-    def _read_output_step(C, z, u_t, place, d, n, in_half, in_states, C_time, z_time, HAS_Z, MASKED: tl.constexpr):
-        """C (N,) and z (COLUMNS,) of one step, as they are stored; without a gate, z is a stand-in."""
-        z_t = _load(z, place * z_time + d, in_half, MASKED) if HAS_Z else u_t
-        return _load(C, place * C_time + n, in_states, MASKED), z_t
+    def _pairs_of(tensors):
+        """Put tensors (channels, count) side by side, two and two: half as many (channels, 2 count)."""
+        pairs = ()
+        for i in tl.static_range(len(tensors) // 2):
+            both = tl.permute(tl.join(tensors[2 * i], tensors[2 * i + 1]), (0, 2, 1))
+            pairs = pairs + (tl.reshape(both, (both.shape[0], 2 * both.shape[2])),)
+        return pairs
 
     @triton.jit
-    def _step_size(stored, bias, in_half, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
-        """The step size before and after the softplus; the latter is 0 for channels that are not there."""
-        raw = stored.to(tl.float32) + bias
-        delta_t = _softplus(raw) if SOFTPLUS else raw
-        return raw, tl.where(in_half, delta_t, 0.0) if MASKED else delta_t
+    def _rows_of(tile):
+        """Cut a tile (16 or 32, channels) into its rows (channels,)."""
+        columns = (tl.trans(tile),)
+        if tile.shape[0] == 32:
+            columns = _halves_of(columns, 16)
+        columns = _halves_of(_halves_of(_halves_of(_halves_of(columns, 8), 4), 2), 1)
+        rows = ()
+        for i in tl.static_range(len(columns)):
+            rows = rows + (tl.reshape(columns[i], (columns[i].shape[0],)),)
+        return rows
 
     @triton.jit
-    def _decay(delta_t, A_nd):
-        """exp(delta_t A); the step size takes log2 e, because A with it would be off by the same at every step."""
-        return tl.exp2((delta_t * LOG2_E)[None, :] * A_nd)
+    def _tile_of(rows):
+        """Undo ``_rows_of``."""
+        columns = ()
+        for i in tl.static_range(len(rows)):
+            columns = columns + (tl.reshape(rows[i], (rows[i].shape[0], 1)),)
+        columns = _pairs_of(_pairs_of(_pairs_of(_pairs_of(columns))))
+        if len(rows) == 32:
+            columns = _pairs_of(columns)
+        return tl.trans(columns[0])
 
     @triton.jit
-    def _advance(h, read, bias, A_nd, in_half, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
-        """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t"""
-        u_t, stored, B_t = read
-        _raw, delta_t = _step_size(stored, bias, in_half, SOFTPLUS, MASKED)
-        written = (delta_t * u_t.to(tl.float32))[None, :] * B_t.to(tl.float32)[:, None]
-        return _decay(delta_t, A_nd) * h + written
+    def _sum_of(rows):
+        """Sum of tensors, one after the other."""
+        total = rows[0]
+        for i in tl.static_range(1, len(rows)):
+            total += rows[i]
+        return total
 
-    @triton.jit(do_not_specialize=["one"])
+    @triton.jit
+    def _zeros_like(rows):
+        zeros = ()
+        for i in tl.static_range(len(rows)):
+            zeros = zeros + (tl.zeros_like(rows[i]),)
+        return zeros
+
+    @triton.jit
+    def _places(chunk, length, direction, in_half, CHUNK: tl.constexpr):
+        """Of a chunk: places of its steps in the sequence (CHUNK, 1); which channels of which steps are there."""
+        step = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+        return _place(step, length, direction), (step < length) & in_half[None, :]
+
+    @triton.jit
+    def _read_tile(rows, row_time, chunk, length, direction, in_half, MASKED: tl.constexpr, CHUNK: tl.constexpr):
+        """The program's channels at the steps of a chunk, as they are stored (CHUNK, COLUMNS); nothing of use before
+        the first chunk and after the last."""
+        place, there = _places(chunk, length, direction, in_half, CHUNK)
+        return _load(rows, place * row_time, there, MASKED)
+
+    @triton.jit
+    def _read_inputs(
+        u, delta, z, chunk, length, direction, in_half, u_time, delta_time, z_time,
+        HAS_Z: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """u, delta and z of a chunk; without a gate, z is a stand-in."""
+        u_tile = _read_tile(u, u_time, chunk, length, direction, in_half, MASKED, CHUNK)
+        delta_tile = _read_tile(delta, delta_time, chunk, length, direction, in_half, MASKED, CHUNK)
+        z_tile = _read_tile(z, z_time, chunk, length, direction, in_half, MASKED, CHUNK) if HAS_Z else u_tile
+        return u_tile, delta_tile, z_tile
+
+    @triton.jit
+    def _read_state(A, before, pairs, n, chunk, d_state, channels, in_half, CHUNK: tl.constexpr):
+        """Of a state: A, the state before the chunk, B and C within; 0 if there is no such state."""
+        there = in_half & (n < d_state)
+        A_n = tl.load(A + n * channels, mask=there, other=0.0)
+        h = tl.load(before + n * channels, mask=there & (chunk > 0), other=0.0)
+        return A_n, h, tl.load(pairs + n * (2 * CHUNK), mask=n < d_state, other=0.0)
+
+    @triton.jit
+    def _step_sizes(raw, there, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
+        """Step sizes after the softplus, 0 where nothing is."""
+        delta_tile = _softplus(raw) if SOFTPLUS else raw
+        return tl.where(there, delta_tile, 0.0) if MASKED else delta_tile
+
+    @triton.jit
+    def _spread(pair, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+        """B and C of a state at the steps of a chunk, from one number in each thread to all numbers in all threads."""
+        rows = _rows_of(tl.broadcast_to(pair[:, None], (2 * CHUNK, COLUMNS)))
+        return rows[:CHUNK], rows[CHUNK:]
+
+    @triton.jit
+    def _pack_kernel(
+        B, C, pairs, length, chunks, d_state, B_batch, B_time, B_group, C_batch, C_time, C_group,
+        BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """B and C, in float32, of a state and a chunk side by side, in the order of a direction's steps."""
+        chunk, direction, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        i, n = tl.arange(0, CHUNK)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        place, here = _place(chunk * CHUNK + i, length, direction), n < d_state
+        to = pairs + (((batch * tl.num_programs(1) + direction) * chunks + chunk) * d_state + n) * (2 * CHUNK) + i
+        B_t = tl.load(B + batch * B_batch + place * B_time + direction * B_group + n, mask=here)
+        C_t = tl.load(C + batch * C_batch + place * C_time + direction * C_group + n, mask=here)
+        tl.store(to, B_t.to(tl.float32), mask=here)
+        tl.store(to + CHUNK, C_t.to(tl.float32), mask=here)
+
+    @triton.jit
+    def _unpack_kernel(
+        dpairs, dBC, length, chunks, d_state, blocks, block_stride,
+        BLOCK_N: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """Add the blocks' sums for B and C, and put them in the sequence's order: (batch, length, 2, ..., d_state)."""
+        chunk, direction, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        lane, n = tl.arange(0, 2 * CHUNK)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        dpairs += ((batch * DIRECTIONS + direction) * chunks + chunk) * d_state * (2 * CHUNK) + n * (2 * CHUNK) + lane
+        total = tl.zeros([2 * CHUNK, BLOCK_N], tl.float32)
+        for block in range(blocks):
+            total += tl.load(dpairs + block * block_stride, mask=n < d_state, other=0.0)
+        step = chunk * CHUNK + lane % CHUNK
+        row = (batch * length + _place(step, length, direction)) * 2 + lane // CHUNK
+        mask = (step < length) & (n < d_state)
+        tl.store(dBC + (row * DIRECTIONS + direction) * d_state + n, total.to(dBC.dtype.element_ty), mask=mask)
+
+    @triton.jit(do_not_specialize=["length"])
     def _forward_kernel(
-        u, delta, A, B, C, D, z, delta_bias, out, starts, one, length, half, d_state,
-        u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
+        u, delta, A, pairs, D, z, delta_bias, out, states, states_batch, slot, length, half, d_state,
+        u_batch, u_time, delta_batch, delta_time, z_batch, z_time,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-        KEEP_EVERY: tl.constexpr, MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
-        COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
+        MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
-        # The compiler does not know that ``one`` is 1, so it gives neighbouring channels to neighbouring threads, all
-        # states of a channel to one thread: the sum over states then needs no other thread.
-        direction, _block, batch, d, n, in_half, in_states = _owned(half, d_state, one, COLUMNS, BLOCK_N)
-        channels, here = DIRECTIONS * half, in_states[:, None] & in_half[None, :]
-        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
-        skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
-        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
-        u, delta = u + batch * u_batch, delta + batch * delta_batch
-        B, C = B + batch * B_batch + direction * B_group, C + batch * C_batch + direction * C_group
+        direction, _block, inner = _share(half, COLUMNS)
+        batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
+        in_half, d = inner < half, direction * half + inner
+        channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
+        row, zero = d[None, :], tl.zeros([COLUMNS], tl.float32)
+        skip = _load(D, d, in_half, MASKED) if HAS_D else zero
+        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else zero
+        u, delta = u + batch * u_batch + row, delta + batch * delta_batch + row
+        out += batch * length * channels + row
         if HAS_Z:
-            z += batch * z_batch
-        out += batch * length * channels
-        if KEEP_EVERY:
-            starts += batch * tl.cdiv(length, KEEP_EVERY) * d_state * channels
+            z += batch * z_batch + row
+        A += d
+        states += batch * states_batch + d
+        pairs += (batch * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
 
-        queue = ()  # what the next steps need, read ahead
-        for ahead in tl.static_range(AHEAD):
-            place = _place(ahead, length, direction)
-            read = _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED)
-            gate = _read_output_step(C, z, read[0], place, d, n, in_half, in_states, C_time, z_time, HAS_Z, MASKED)
-            queue = queue + ((read, gate),)
+        u_next, delta_next, z_next = _read_inputs(
+            u, delta, z, 0, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
+        )
+        for chunk in range(chunks):
+            place, there = _places(chunk, length, direction, in_half, CHUNK)
+            u_tile, z_tile = u_next.to(tl.float32), z_next
+            delta_tile = _step_sizes(delta_next.to(tl.float32) + bias[None, :], there, SOFTPLUS, MASKED)
+            # log2 e goes to the step sizes, because A with it would be off by the same at every step.
+            deltas, writes = _rows_of(delta_tile * LOG2_E), _rows_of(delta_tile * u_tile)
+            ys = _zeros_like(deltas)
 
-        h = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-        for step in tl.range(0, length, loop_unroll_factor=UNROLL):
-            if KEEP_EVERY:
-                if step % KEEP_EVERY == 0:
-                    start = step // KEEP_EVERY * d_state * channels
-                    tl.store(starts + start + n[:, None] * channels + d[None, :], h, mask=here)
-            now, gate_now = queue[0]
-            place = _place(step + AHEAD, length, direction)
-            read = _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED)
-            gate = _read_output_step(C, z, read[0], place, d, n, in_half, in_states, C_time, z_time, HAS_Z, MASKED)
-            queue = queue[1:] + ((read, gate),)
+            before, now = states + (chunk - 1) * slot, pairs + chunk * d_state * (2 * CHUNK)
+            queue = ()  # what the next states need, read ahead
+            for k in tl.static_range(AHEAD):
+                queue = queue + (_read_state(A, before, now, k, chunk, d_state, channels, in_half, CHUNK),)
+            for n in range(0, d_state, AHEAD):
+                ahead = ()
+                for k in tl.static_range(AHEAD):
+                    n_next = n + AHEAD + k
+                    ahead = ahead + (_read_state(A, before, now, n_next, chunk, d_state, channels, in_half, CHUNK),)
+                for k in tl.static_range(AHEAD):
+                    A_n, h, pair = queue[k]
+                    Bs, Cs = _spread(pair, COLUMNS, CHUNK)
+                    sums = ()
+                    for i in tl.static_range(CHUNK):
+                        h = tl.exp2(deltas[i] * A_n) * h + writes[i] * Bs[i]
+                        sums = sums + (ys[i] + h * Cs[i],)
+                    ys = sums
+                    tl.store(states + chunk * slot + (n + k) * channels, h, mask=in_half & (n + k < d_state))
+                queue = ahead
 
-            h = _advance(h, now, bias, A_nd, in_half, SOFTPLUS, MASKED)
-            C_t, z_t = gate_now
-            y = tl.sum(h * C_t.to(tl.float32)[:, None], 0)
+            u_next, delta_next, z_next = _read_inputs(
+                u, delta, z, chunk + 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
+            )
+            y = _tile_of(ys)
             if HAS_D:
-                y += skip * now[0].to(tl.float32)
+                y += skip[None, :] * u_tile
             if HAS_Z:
-                y *= z_t.to(tl.float32) * tl.sigmoid(z_t.to(tl.float32))
-            place = _place(step, length, direction)
-            tl.store(out + place * channels + d, y.to(out.dtype.element_ty), mask=in_half)
+                z_tile = z_tile.to(tl.float32)
+                y *= z_tile * _sigmoid(z_tile)
+            tl.store(out + place * channels, y.to(out.dtype.element_ty), mask=there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["length", "batches"])
     def _backward_kernel(
-        dout, u, delta, A, B, C, D, z, delta_bias, starts, scratch, du, ddelta, dz, dA, dB, dC, dD, ddelta_bias,
+        dout, u, delta, A, pairs, D, z, delta_bias, states, scratch, du, ddelta, dz, dA, dpairs, dD, ddelta_bias,
         batches, dout_batch, dout_time, dz_batch, dz_time, length, half, d_state,
-        u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, B_group, C_batch, C_time, C_group,
+        u_batch, u_time, delta_batch, delta_time, z_batch, z_time,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-        MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
-        CHUNK: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
+        MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        # Here neighbouring channels share a thread, since the sums over channels (dB, dC) cost most.
-        direction, block, batch, d, n, in_half, in_states = _owned(half, d_state, 1, COLUMNS, BLOCK_N)
-        channels, chunks, here = DIRECTIONS * half, tl.cdiv(length, CHUNK), in_states[:, None] & in_half[None, :]
-        A_nd = _load(A, n[:, None] * channels + d[None, :], here, MASKED)
-        skip = _load(D, d, in_half, MASKED) if HAS_D else 0.0
-        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else 0.0
-        u, delta, dout = u + batch * u_batch, delta + batch * delta_batch, dout + batch * dout_batch
-        B, C = B + batch * B_batch + direction * B_group, C + batch * C_batch + direction * C_group
-        row = batch * length * channels
-        du, ddelta = du + row, ddelta + row
+        direction, block, inner = _share(half, COLUMNS)
+        batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
+        in_half, d = inner < half, direction * half + inner
+        channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
+        row, zero = d[None, :], tl.zeros([COLUMNS], tl.float32)
+        skip = _load(D, d, in_half, MASKED) if HAS_D else zero
+        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else zero
+        u, delta, dout = u + batch * u_batch + row, delta + batch * delta_batch + row, dout + batch * dout_batch + row
+        du, ddelta = du + batch * length * channels + row, ddelta + batch * length * channels + row
         if HAS_Z:
-            z, dz = z + batch * z_batch, dz + batch * dz_batch
-        starts += batch * chunks * d_state * channels
-        sums = (block * batches + batch) * length * DIRECTIONS * d_state + direction * d_state
-        dB, dC = dB + sums, dC + sums
-        SLOT: tl.constexpr = BLOCK_N * COLUMNS
-        own = tl.arange(0, BLOCK_N)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        scratch += (batch * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // GROUP) * SLOT
+            z, dz = z + batch * z_batch + row, dz + batch * dz_batch + row
+        A += d
+        slot = d_state * channels
+        states += batch * chunks * slot + row
+        copy, carried, dA = scratch + batch * slot, scratch + (batches + batch) * slot + d, dA + batch * slot + d
+        pairs += (batch * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
+        dpairs += ((block * batches + batch) * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
+        n_tile = tl.arange(0, BLOCK_N)[:, None]
+        state_there = (n_tile < d_state) & in_half[None, :]
 
-        dA_nd = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-        dh = tl.zeros([BLOCK_N, COLUMNS], tl.float32)  # what later steps send back to the state
-        h = tl.zeros([BLOCK_N, COLUMNS], tl.float32)  # after the step that is walked back
-        dD_d = tl.zeros([COLUMNS], tl.float32)
-        dbias_d = tl.zeros([COLUMNS], tl.float32)
+        dD_d, dbias_d = zero, zero
+        u_next, delta_next, z_next = _read_inputs(
+            u, delta, z, chunks - 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
+        )
+        dout_next = _read_tile(dout, dout_time, chunks - 1, length, direction, in_half, MASKED, CHUNK)
+        mask = state_there & (chunks > 1)
+        before_next = tl.load(states + (chunks - 2) * slot + n_tile * channels, mask=mask, other=0.0)
         for back in range(chunks):
-            first = (chunks - 1 - back) * CHUNK
-            start = (chunks - 1 - back) * d_state * channels
-            state = _load(starts, start + n[:, None] * channels + d[None, :], here, MASKED)
-            tl.store(scratch + own, state)
-            # Sums over time in two levels, within a chunk and over chunks: one chain would lose digits.
-            dA_chunk = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-            dD_chunk = tl.zeros([COLUMNS], tl.float32)
-            dbias_chunk = tl.zeros([COLUMNS], tl.float32)
+            chunk = chunks - 1 - back
+            place, there = _places(chunk, length, direction, in_half, CHUNK)
+            # The states before the chunk come from far away: all at once, to where they are near.
+            tl.store(copy + n_tile * channels + row, before_next, mask=state_there)
+            dy, u_tile, z_tile = dout_next.to(tl.float32), u_next.to(tl.float32), z_next.to(tl.float32)
+            if HAS_Z:
+                dy *= z_tile * _sigmoid(z_tile)
+            delta_tile = _step_sizes(delta_next.to(tl.float32) + bias[None, :], there, SOFTPLUS, MASKED)
+            deltas, writes, dys = _rows_of(delta_tile * LOG2_E), _rows_of(delta_tile * u_tile), _rows_of(dy)
+            if HAS_D:
+                dD_d += _sum_of(_rows_of(dy * u_tile))
+            ys, dwrites, dexponents = _zeros_like(deltas), _zeros_like(deltas), _zeros_like(deltas)
+            tl.debug_barrier()  # what other threads have put there is read now
 
-            # The chunk once more, as in the forward pass: the states before its groups of steps go to the scratch. The
-            # state after it is known, except after the last chunk of all.
-            size = CHUNK - GROUP
-            if back == 0:
-                size = length - first
-            queue = ()
-            for ahead in tl.static_range(AHEAD):
-                place = _place(first + ahead, length, direction)
-                queue = queue + (
-                    _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED),
-                )
-            for step in tl.range(0, size, loop_unroll_factor=UNROLL):
-                now = queue[0]
-                place = _place(first + step + AHEAD, length, direction)
-                queue = queue[1:] + (
-                    _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED),
-                )
-                state = _advance(state, now, bias, A_nd, in_half, SOFTPLUS, MASKED)
-                done = step + 1
-                if (done % GROUP == 0) & (done < CHUNK):
-                    tl.store(scratch + done // GROUP * SLOT + own, state)
-            if back == 0:
-                h = state
-            tl.debug_barrier()
+            later, now = in_half & (back > 0), pairs + chunk * d_state * (2 * CHUNK)
+            A_next, pair_next, h_next = _load(A, 0, in_half, MASKED), tl.load(now), tl.load(copy + d, mask=in_half)
+            dh_next, dA_next = tl.load(carried, mask=later, other=0.0), tl.load(dA, mask=later, other=0.0)
+            for n in range(d_state):
+                A_n, pair, h, dh, dA_n = A_next, pair_next, h_next, dh_next, dA_next
+                # The next state's, read ahead.
+                n_next = tl.minimum(n + 1, d_state - 1)
+                A_next, pair_next = _load(A, n_next * channels, in_half, MASKED), tl.load(now + n_next * (2 * CHUNK))
+                h_next = tl.load(copy + n_next * channels + d, mask=in_half)
+                dh_next = tl.load(carried + n_next * channels, mask=later, other=0.0)
+                dA_next = tl.load(dA + n_next * channels, mask=later, other=0.0)
+                Bs, Cs = _spread(pair, COLUMNS, CHUNK)
 
-            groups = tl.cdiv(tl.minimum(CHUNK, length - first), GROUP)
-            for back_group in range(groups):
-                group = groups - 1 - back_group
-                begin = first + group * GROUP
-                steps = tl.minimum(GROUP, length - begin)
-                place = _place(begin + steps - 1, length, direction)
-                read = _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED)
-                gate = _read_output_step(C, z, read[0], place, d, n, in_half, in_states, C_time, z_time, HAS_Z, MASKED)
-                dy_read = _load(dout, place * dout_time + d, in_half, MASKED)
+                # Forwards through the chunk, as in the forward pass.
+                hs, decays, sums, dCs = (), (), (), ()
+                for i in tl.static_range(CHUNK):
+                    hs, decays = hs + (h,), decays + (tl.exp2(deltas[i] * A_n),)
+                    h = decays[i] * h + writes[i] * Bs[i]
+                    sums, dCs = sums + (ys[i] + h * Cs[i],), dCs + (h * dys[i],)
+                ys = sums
 
-                # The states before each step of the group, in registers.
-                state = tl.load(scratch + group * SLOT + own)
-                states = (state,)
-                for i in tl.static_range(GROUP - 1):
-                    place = _place(begin + i, length, direction)
-                    now = _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED)
-                    state = _advance(state, now, bias, A_nd, in_half, SOFTPLUS, MASKED)
-                    states = states + (state,)
-                for _beyond in range(GROUP - steps):
-                    states = (states[0],) + states[: GROUP - 1]
+                # And back.
+                dBs, write_sums, exponent_sums, dA_chunk = (), (), (), zero
+                for i in tl.static_range(CHUNK - 1, -1, -1):
+                    dh += Cs[i] * dys[i]
+                    write_sums = (dwrites[i] + dh * Bs[i],) + write_sums
+                    dBs = (dh * writes[i],) + dBs
+                    dh *= decays[i]
+                    dexponent = dh * hs[i]  # gradient of delta_t A
+                    exponent_sums = (dexponents[i] + dexponent * A_n,) + exponent_sums
+                    dA_chunk += dexponent * deltas[i]
+                dwrites, dexponents = write_sums, exponent_sums
+                tl.store(carried + n * channels, dh, mask=in_half)
+                tl.store(dA + n * channels, dA_n + dA_chunk * LN_2, mask=in_half)
+                # A thread holds a channel of 2 CHUNK products; now it gets one product of all channels, and adds them.
+                products = tl.trans(_tile_of(dBs + dCs))
+                tl.store(dpairs + (chunk * d_state + n) * (2 * CHUNK), _sum_of(_rows_of(products)))
 
-                for back_step in range(steps):
-                    step = begin + steps - 1 - back_step
-                    earlier_h = states[GROUP - 1]
-                    states = (states[0],) + states[: GROUP - 1]
-                    u_t, B_t, C_t = read[0].to(tl.float32), read[2].to(tl.float32), gate[0].to(tl.float32)
-                    z_t, dy = gate[1].to(tl.float32), dy_read.to(tl.float32)
-                    raw, delta_t = _step_size(read[1], bias, in_half, SOFTPLUS, MASKED)
-                    # The step before, read a step ahead.
-                    place = _place(step - 1, length, direction)
-                    read = _read_step(u, delta, B, place, d, n, in_half, in_states, u_time, delta_time, B_time, MASKED)
-                    gate = _read_output_step(
-                        C, z, read[0], place, d, n, in_half, in_states, C_time, z_time, HAS_Z, MASKED
-                    )
-                    dy_read = _load(dout, place * dout_time + d, in_half, MASKED)
-                    place = _place(step, length, direction)
-
-                    # Through the gate and the skip.
-                    if HAS_Z:
-                        y = tl.sum(h * C_t[:, None], 0)
-                        if HAS_D:
-                            y += skip * u_t
-                        open_z = tl.sigmoid(z_t)
-                        dz_t = dy * y * open_z * (1 + z_t * (1 - open_z))
-                        tl.store(dz + place * dz_time + d, dz_t.to(dz.dtype.element_ty), mask=in_half)
-                        dy *= z_t * open_z
-                    if HAS_D:
-                        dD_chunk += dy * u_t
-
-                    # Through the state: h_t = decay_t h_{t-1} + delta_t u_t B_t, y_t = C_t h_t.
-                    dh += C_t[:, None] * dy[None, :]
-                    dwritten = tl.sum(dh * B_t[:, None], 0)  # gradient of delta_t u_t
-                    dB_t = tl.sum(dh * (delta_t * u_t)[None, :], 1)
-                    dC_t = tl.sum(h * dy[None, :], 1)
-                    tl.store(dB + place * (DIRECTIONS * d_state) + n, dB_t, mask=in_states)
-                    tl.store(dC + place * (DIRECTIONS * d_state) + n, dC_t, mask=in_states)
-                    dh *= _decay(delta_t, A_nd)
-                    dexponent = dh * earlier_h  # gradient of delta_t A
-                    ddelta_t = dwritten * u_t + tl.sum(dexponent * A_nd, 0)
-                    dA_chunk += dexponent * delta_t[None, :]
-                    if SOFTPLUS:
-                        ddelta_t *= tl.sigmoid(raw)
-                    if HAS_BIAS:
-                        dbias_chunk += tl.where(in_half, ddelta_t, 0.0) if MASKED else ddelta_t
-                    tl.store(ddelta + place * channels + d, ddelta_t.to(ddelta.dtype.element_ty), mask=in_half)
-                    du_t = dwritten * delta_t
-                    if HAS_D:
-                        du_t += skip * dy
-                    tl.store(du + place * channels + d, du_t.to(du.dtype.element_ty), mask=in_half)
-                    h = earlier_h
-            dA_nd += dA_chunk
-            dD_d += dD_chunk
-            dbias_d += dbias_chunk
+            # What the states have in common; the inputs are read once more rather than kept.
+            u_tile, raw, z_tile = _read_inputs(
+                u, delta, z, chunk, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
+            )
+            dout_tile = _read_tile(dout, dout_time, chunk, length, direction, in_half, MASKED, CHUNK)
+            u_next, delta_next, z_next = _read_inputs(
+                u, delta, z, chunk - 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
+            )
+            dout_next = _read_tile(dout, dout_time, chunk - 1, length, direction, in_half, MASKED, CHUNK)
+            mask = state_there & (chunk > 1)
+            before_next = tl.load(states + (chunk - 2) * slot + n_tile * channels, mask=mask, other=0.0)
+            u_tile, dout_tile, z_tile = u_tile.to(tl.float32), dout_tile.to(tl.float32), z_tile.to(tl.float32)
+            raw = raw.to(tl.float32) + bias[None, :]
+            delta_tile, dy, dwrite = _tile_of(deltas) * LN_2, _tile_of(dys), _tile_of(dwrites)
+            ddelta_tile, du_tile = dwrite * u_tile + _tile_of(dexponents), dwrite * delta_tile
+            if SOFTPLUS:
+                ddelta_tile *= 1 / (1 + _exp(-raw))
+            if HAS_BIAS:
+                dbias_d += _sum_of(_rows_of(tl.where(there, ddelta_tile, 0.0) if MASKED else ddelta_tile))
+            if HAS_D:
+                du_tile += skip[None, :] * dy
+            if HAS_Z:
+                open_z = _sigmoid(z_tile)
+                dz_tile = dout_tile * (_tile_of(ys) + skip[None, :] * u_tile) * open_z * (1 + z_tile * (1 - open_z))
+                tl.store(dz + place * dz_time, dz_tile.to(dz.dtype.element_ty), mask=there)
+            tl.store(ddelta + place * channels, ddelta_tile.to(ddelta.dtype.element_ty), mask=there)
+            tl.store(du + place * channels, du_tile.to(du.dtype.element_ty), mask=there)
             tl.debug_barrier()
 
         # Sums over this image's time; (batch, ...).
-        tl.store(dA + (batch * d_state + n[:, None]) * channels + d[None, :], dA_nd, mask=here)
         if HAS_D:
             tl.store(dD + batch * channels + d, dD_d, mask=in_half)
         if HAS_BIAS:
             tl.store(ddelta_bias + batch * channels + d, dbias_d, mask=in_half)
 
-    # Channels of a program, steps read ahead and unrolled; steps of a chunk, and of a group whose states fit into the
-    # registers. Found by measuring (benchmarks/NOTES.md).
-    FORWARD = {"COLUMNS": 64, "AHEAD": 2, "UNROLL": 2}
-    BACKWARD = {"COLUMNS": 32, "AHEAD": 2, "UNROLL": 2, "CHUNK": 16, "GROUP": 4}
+    # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
+    SIZES = {"COLUMNS": 32, "CHUNK": 16}
+    # States read ahead; registers of a thread, so that all warps of the training step find room at once.
+    FORWARD = {"AHEAD": 2, "maxnreg": 128}
 
-    def _sizes(u: Tensor, A: Tensor, B: Tensor, sizes: dict) -> tuple[int, int, int]:
-        """Channels of a direction, blocks of them, and the states padded to a power of two."""
-        half = u.shape[2] // B.shape[2]
-        return half, triton.cdiv(half, sizes["COLUMNS"]), triton.next_power_of_2(A.shape[1])
+    def _blocks(A: Tensor, B: Tensor) -> int:
+        """Programs that share the channels of a direction."""
+        return triton.cdiv(A.shape[0] // B.shape[2], SIZES["COLUMNS"])
 
-    def _launch(kernel, before, inputs, after, softplus, sizes, **flags):
+    def _chunks(u: Tensor) -> int:
+        return triton.cdiv(u.shape[1], SIZES["CHUNK"])
+
+    def _launch(kernel, before, inputs, after, strides, softplus, **flags):
         """Run a kernel with one warp for every image, direction and block of channels."""
         u, delta, A, B, C, D, z, delta_bias = inputs
-        if not u.numel():
-            return
-        (batch, length, _), directions, d_state = u.shape, B.shape[2], A.shape[1]
-        half, blocks, block_n = _sizes(u, A, B, sizes)
-        strides = [s for t in (u, delta, u if z is None else z) for s in t.stride()[:2]]
-        strides += [s for t in (B, C) for s in t.stride()[:3]]
+        (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
+        half, walked = channels // directions, (u, delta, u if z is None else z)
+        chunks, chunk, block_n = _chunks(u), SIZES["CHUNK"], triton.next_power_of_2(d_state)
+        pairs = A.new_empty(batch, directions, chunks, d_state, 2 * chunk)
+        _pack_kernel[chunks, directions, batch](
+            B, C, pairs, length, chunks, d_state, *(s for t in (B, C) for s in t.stride()[:3]),
+            BLOCK_N=block_n, CHUNK=chunk, num_warps=1,
+        )  # fmt: skip
+        flags |= dict(BLOCK_N=block_n)
+        strides = [*strides, length, half, d_state, *(stride for t in walked for stride in t.stride()[:2])]
         # A as (d_state, channels): neighbouring channels lie side by side.
-        kernel[blocks * directions, batch](
-            *before, u, delta, A.t().contiguous(), *inputs[3:], *after, length, half, d_state, *strides,
+        kernel[_blocks(A, B) * directions, batch](
+            *before, u, delta, A.t().contiguous(), pairs, D, z, delta_bias, *after, *strides,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
-            MASKED=half % sizes["COLUMNS"] != 0 or block_n != d_state, DIRECTIONS=directions, BLOCK_N=block_n,
-            num_warps=1, **sizes, **flags,
+            MASKED=half % SIZES["COLUMNS"] + length % chunk != 0, DIRECTIONS=directions, num_warps=1, **SIZES, **flags,
         )  # fmt: skip
 
     def _room_for(t: Tensor | None, like: Tensor) -> Tensor:
@@ -801,33 +900,44 @@ if triton is not None:
         return like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
 
     def _kept_states(u: Tensor, A: Tensor, keep: bool) -> Tensor:
-        """Room for the state before every chunk of the backward pass: (batch, chunks, d_state, channels)."""
-        batch, length, channels = u.shape
-        return A.new_empty(batch, triton.cdiv(length, BACKWARD["CHUNK"]) if keep else 0, A.shape[1], channels)
+        """Room for the states after every chunk, if they are kept: (batch, chunks, d_state, channels)."""
+        return A.new_empty(u.shape[0], _chunks(u) if keep else 0, A.shape[1], u.shape[2])
 
     def _scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the states that ``_scan_backward`` wants if ``keep``."""
         u, _, A, *_ = inputs
-        out, starts = torch.empty_like(u, memory_format=torch.contiguous_format), _kept_states(u, A, keep)
-        every = BACKWARD["CHUNK"] if keep else 0
-        _launch(_forward_kernel, (), inputs, (out, starts, 1), softplus, FORWARD, KEEP_EVERY=every)
-        return out, starts
+        out, states = torch.empty_like(u, memory_format=torch.contiguous_format), _kept_states(u, A, keep)
+        if u.numel():
+            # Otherwise every chunk writes its states over those of the chunk before.
+            room = states if keep else A.new_empty(u.shape[0], 1, A.shape[1], u.shape[2])
+            strides = (room.stride(0), room.stride(1) if keep else 0)
+            _launch(_forward_kernel, (), inputs, (out, room), strides, softplus, **FORWARD)
+        return out, states
 
-    def _scan_backward(dout: Tensor, starts: Tensor, inputs, softplus: bool, dz: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, delta (their dtype), A, B, C, D and delta_bias (float32); that of z goes to ``dz``."""
-        u, delta, A, B, _C, D, _z, delta_bias = inputs
-        batch, _, channels = u.shape
+    def _scan_backward(dout: Tensor, states: Tensor, inputs, softplus: bool, dz: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of u, delta (their dtype), A, B and C, D and delta_bias (float32); that of z goes to ``dz``.
+
+        Those of B and C are one tensor (batch, length, 2, directions, d_state), B's first.
+        """
+        u, delta, A, B, C, D, _z, delta_bias = inputs
+        (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
         du, ddelta = (_room_for(t, u) for t in (u, delta))
-        _, blocks, block_n = _sizes(u, A, B, BACKWARD)
-        new = A.new_empty if u.numel() else A.new_zeros  # without input no kernel runs to fill them
-        dA, dB, dC = new(batch, A.shape[1], channels), new(blocks, *B.shape), new(blocks, *B.shape)
+        empty = u.numel() == 0  # no kernel runs to fill what is summed up below
+        new = A.new_zeros if empty else A.new_empty
+        dA, scratch = new(batch, d_state, channels), new(2, batch, d_state, channels)
         dD, dbias = (new(batch, 0 if t is None else channels) for t in (D, delta_bias))
-        groups = BACKWARD["CHUNK"] // BACKWARD["GROUP"]
-        scratch = A.new_empty(batch * blocks * B.shape[2] * groups * BACKWARD["COLUMNS"] * block_n)
-        strides = (*dout.stride()[:2], *(dz.stride()[:2] if dz.numel() else (0, 0)))
-        after = (starts, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias, batch, *strides)
-        _launch(_backward_kernel, (dout,), inputs, after, softplus, BACKWARD)
-        return du, ddelta, dA.sum(0).t().contiguous(), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0)
+        dBC = new(batch, length, 2, directions, d_state, dtype=torch.promote_types(B.dtype, C.dtype))
+        if not empty:
+            blocks, chunks, chunk = _blocks(A, B), _chunks(u), SIZES["CHUNK"]
+            dpairs = A.new_empty(blocks, batch, directions, chunks, d_state, 2 * chunk)
+            strides = (batch, *dout.stride()[:2], *(dz.stride()[:2] if dz.numel() else (0, 0)))
+            after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dD, dbias), triton.next_power_of_2(d_state)
+            _launch(_backward_kernel, (dout,), inputs, after, strides, softplus)
+            _unpack_kernel[chunks, directions, batch](
+                dpairs, dBC, length, chunks, d_state, blocks, dpairs.stride(0),
+                BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
+            )  # fmt: skip
+        return du, ddelta, dA.sum(0).t().contiguous(), dBC, dD.sum(0), dbias.sum(0)
 
     INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
     GRADIENTS = ", ".join(["Tensor"] * 8)
@@ -848,8 +958,9 @@ if triton is not None:
     def _triton_scan_backward(dout, starts, u, delta, A, B, C, D, z, delta_bias, softplus):
         dz = _room_for(z, u)
         inputs = (u, delta, A, B, C, D, z, delta_bias)
-        du, ddelta, dA, dB, dC, dD, dbias = _scan_backward(dout, starts, inputs, softplus, dz)
-        return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias
+        du, ddelta, dA, dBC, dD, dbias = _scan_backward(dout, starts, inputs, softplus, dz)
+        dB, dC = dBC.unbind(2)
+        return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dD, dz, dbias
 
     @_triton_scan.register_fake
     def _(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
@@ -929,7 +1040,7 @@ if triton is not None:
             window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
             total = _filter(taps, window, bias_d, TAPS)
             window = window[: TAPS - 1]
-            y = total * tl.sigmoid(total)
+            y = total * _sigmoid(total)
             tl.store(out + _place(step, length, direction) * channels + d, y.to(out.dtype.element_ty), mask=in_half)
 
     @triton.jit
@@ -950,7 +1061,7 @@ if triton is not None:
         for step in tl.range(first, end + TAPS - 1, loop_unroll_factor=UNROLL):
             window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
             total = _filter(taps, window, bias_d, TAPS)
-            gate = tl.sigmoid(total)
+            gate = _sigmoid(total)
             dy = _read_row(dout, step, length, direction, dout_time, d, in_half)
             dtotal = dy * gate * (1 + total * (1 - gate))
             # Of the sum before the SiLU at this step and the TAPS - 1 before, newest first.
@@ -1058,9 +1169,9 @@ if triton is not None:
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
-        du, ddelta, dA, dB, dC, dD, dbias = _scan_backward(dy, starts, scan, True, dz)
+        du, ddelta, dA, dBC, dD, dbias = _scan_backward(dy, starts, scan, True, dz)
         dsmall[..., :rank] = ddelta @ dt_proj
-        dsmall[..., rank:].unflatten(-1, (2, *B.shape[2:])).copy_(torch.stack([dB, dC], dim=2))
+        dsmall[..., rank:] = dBC.flatten(2)
         rows, wide = dsmall.flatten(0, 1), du.flatten(0, 1)
         dx_proj = rows.t() @ u.flatten(0, 1)
         ddt_proj = ddelta.flatten(0, 1).t() @ small.flatten(0, 1)[:, :rank]

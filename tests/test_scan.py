@@ -413,12 +413,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import selective_scan as scan
 
-flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True, DIRECTIONS=2, BLOCK_N=16)
-float32 = "A D delta_bias starts scratch dA dB dC dD ddelta_bias weight bias dweight dbias".split()
-bfloat16 = "dout u delta B C z out du ddelta dz x dx".split()
+flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True)
+sizes = dict(DIRECTIONS=2, BLOCK_N=16, **scan.SIZES)
+float32 = "A D delta_bias pairs states scratch dA dpairs dD ddelta_bias weight bias dweight dbias".split()
+bfloat16 = "dout u delta B C z out du ddelta dz dBC x dx".split()
 kernels = [
-    (scan._forward_kernel, {**flags, **scan.FORWARD, "KEEP_EVERY": 16}),
-    (scan._backward_kernel, {**flags, **scan.BACKWARD}),
+    (scan._pack_kernel, {"BLOCK_N": 16, "CHUNK": 16}),
+    (scan._forward_kernel, {**flags, **sizes, "AHEAD": 2}),
+    (scan._backward_kernel, {**flags, **sizes}),
+    (scan._unpack_kernel, {"BLOCK_N": 16, "CHUNK": 16, "DIRECTIONS": 2}),
     (scan._conv_forward_kernel, {**scan.CONV, "TAPS": 4}),
     (scan._conv_backward_kernel, {**scan.CONV, "TAPS": 4}),
 ]
@@ -438,7 +441,7 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     command = [sys.executable, str(tmp_path / "compile.py")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert [int(size) > 1000 for size in process.stdout.split()] == [True] * 4
+    assert [int(size) > 1000 for size in process.stdout.split()] == [True] * 6
 
 
 @pytest.mark.gpu
