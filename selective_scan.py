@@ -80,12 +80,16 @@ def selective_scan(
         return BACKENDS[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional)
 
 
+@torch.compiler.assume_constant_result  # what it asks of the machine would cut a compiled model into pieces
 def _backend_for(asked: str | None, device: torch.device) -> str:
+    """The backend to take; RuntimeError if it does not run on ``device``. Compiled code keeps what it was once told."""
     name = asked or _chosen["backend"]
     if name == "auto":
         name = choose_backend(device)[0]
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    if name == "triton":
+        _require(name, device)
     return name
 
 
@@ -145,7 +149,6 @@ def causal_conv(
     with torch.autocast(x.device.type, enabled=False):
         if name != "triton":
             return _conv_torch(x, weight, bias, bidirectional)
-        _require("triton", x.device)
         return _triton_conv(_rows(x), weight.float().contiguous(), bias.float(), bidirectional)
 
 
@@ -203,7 +206,7 @@ def mamba_inner(
     _expect("mamba_inner", expected)
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
     with torch.autocast(xz.device.type, enabled=False):
-        if _backend_for(backend, xz.device) == "triton" and not triton_fault(xz.device) and xz.dtype != torch.float64:
+        if _backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64:
             A, D, conv_weight, conv_bias, dt_bias = (t.float() for t in (A, D, conv_weight, conv_bias, dt_bias))
             inputs = (xz.contiguous(), conv_weight.contiguous(), conv_bias, x_proj, dt_proj, A, D, dt_bias)
             return _triton_inner(*inputs, bidirectional, _gradients_wanted(inputs))[0]
@@ -348,7 +351,6 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tens
 
 def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
     """Both directions in one launch, forward and backward; see the kernels below."""
-    _require("triton", u.device)
     if u.dtype == torch.float64:
         raise RuntimeError("scan backend triton: float64 is for the torch backend; the kernel's state is float32")
     if not bidirectional:
@@ -426,9 +428,12 @@ def triton_fault(device: torch.device | str) -> str:
 
 def _fault_of(name: str, device: torch.device | str, probe) -> str:
     """What ``probe(device)`` says, asked once for a device."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     key = f"{name} on {device}"
     if key not in _faults:
-        _faults[key] = probe(torch.device(device))
+        _faults[key] = probe(device)
     return _faults[key]
 
 
