@@ -590,11 +590,20 @@ if triton is not None:
 
     @triton.jit
     def _sum_of(rows):
-        """Sum of tensors, one after the other."""
-        total = rows[0]
-        for i in tl.static_range(1, len(rows)):
-            total += rows[i]
-        return total
+        """Sum of 16 or 32 tensors, two and two."""
+        for _level in tl.static_range(4 if len(rows) == 16 else 5):
+            sums = ()
+            for i in tl.static_range(len(rows) // 2):
+                sums = sums + (rows[2 * i] + rows[2 * i + 1],)
+            rows = sums
+        return rows[0]
+
+    @triton.jit
+    def _add(total, lost, term):
+        """Add to a long sum, with what the last addition lost (Kahan): the sum, and what is lost now."""
+        term -= lost
+        larger = total + term
+        return larger, (larger - total) - term
 
     @triton.jit
     def _zeros_like(rows):
@@ -773,7 +782,7 @@ if triton is not None:
         n_tile = tl.arange(0, BLOCK_N)[:, None]
         state_there = (n_tile < d_state) & in_half[None, :]
 
-        dD_d, dbias_d = zero, zero
+        dD_d, dD_lost, dbias_d, dbias_lost = zero, zero, zero, zero
         u_next, delta_next, z_next = _read_inputs(
             u, delta, z, chunks - 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
         )
@@ -791,7 +800,7 @@ if triton is not None:
             delta_tile = _step_sizes(delta_next.to(tl.float32) + bias[None, :], there, SOFTPLUS, MASKED)
             deltas, writes, dys = _rows_of(delta_tile * LOG2_E), _rows_of(delta_tile * u_tile), _rows_of(dy)
             if HAS_D:
-                dD_d += _sum_of(_rows_of(dy * u_tile))
+                dD_d, dD_lost = _add(dD_d, dD_lost, _sum_of(_rows_of(dy * u_tile)))
             ys, dwrites, dexponents = _zeros_like(deltas), _zeros_like(deltas), _zeros_like(deltas)
             tl.debug_barrier()  # what other threads have put there is read now
 
@@ -851,7 +860,8 @@ if triton is not None:
             if SOFTPLUS:
                 ddelta_tile *= 1 / (1 + _exp(-raw))
             if HAS_BIAS:
-                dbias_d += _sum_of(_rows_of(tl.where(there, ddelta_tile, 0.0) if MASKED else ddelta_tile))
+                dbias = _sum_of(_rows_of(tl.where(there, ddelta_tile, 0.0) if MASKED else ddelta_tile))
+                dbias_d, dbias_lost = _add(dbias_d, dbias_lost, dbias)
             if HAS_D:
                 du_tile += skip[None, :] * dy
             if HAS_Z:
