@@ -673,20 +673,20 @@ if triton is not None:
 
     @triton.jit
     def _unpack_kernel(
-        dpairs, dBC, length, chunks, d_state, blocks, block_stride,
+        dpairs, dBC, dBC_batch, dBC_time, length, chunks, d_state, blocks, block_stride,
         BLOCK_N: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """Add the blocks' sums for B and C, and put them in the sequence's order: (batch, length, 2, ..., d_state)."""
+        """Add the blocks' sums for B and C, and put them where they belong in the sequence."""
         chunk, direction, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         lane, n = tl.arange(0, 2 * CHUNK)[:, None], tl.arange(0, BLOCK_N)[None, :]
         dpairs += ((batch * DIRECTIONS + direction) * chunks + chunk) * d_state * (2 * CHUNK) + n * (2 * CHUNK) + lane
         total = tl.zeros([2 * CHUNK, BLOCK_N], tl.float32)
         for block in range(blocks):
             total += tl.load(dpairs + block * block_stride, mask=n < d_state, other=0.0)
-        step = chunk * CHUNK + lane % CHUNK
-        row = (batch * length + _place(step, length, direction)) * 2 + lane // CHUNK
+        step, which = chunk * CHUNK + lane % CHUNK, lane // CHUNK  # 0 for B, 1 for C
+        dBC += batch * dBC_batch + _place(step, length, direction) * dBC_time
         mask = (step < length) & (n < d_state)
-        tl.store(dBC + (row * DIRECTIONS + direction) * d_state + n, total.to(dBC.dtype.element_ty), mask=mask)
+        tl.store(dBC + (which * DIRECTIONS + direction) * d_state + n, total.to(dBC.dtype.element_ty), mask=mask)
 
     @triton.jit(do_not_specialize=["length"])
     def _forward_kernel(
@@ -929,19 +929,20 @@ if triton is not None:
             _launch(_forward_kernel, (), inputs, (out, room), strides, softplus, **FORWARD)
         return out, states
 
-    def _scan_backward(dout: Tensor, states: Tensor, inputs, softplus: bool, dz: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, delta (their dtype), A, B and C, D and delta_bias (float32); that of z goes to ``dz``.
+    def _scan_backward(
+        dout: Tensor, states: Tensor, inputs, softplus: bool, dz: Tensor, dBC: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients of u, delta (their dtype), A, D and delta_bias (float32).
 
-        Those of B and C are one tensor (batch, length, 2, directions, d_state), B's first.
+        That of z goes to ``dz``; those of B and C go to ``dBC`` (batch, length, 2 · directions · d_state), B's first.
         """
-        u, delta, A, B, C, D, _z, delta_bias = inputs
+        u, delta, A, B, _C, D, _z, delta_bias = inputs
         (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
         du, ddelta = (_room_for(t, u) for t in (u, delta))
         empty = u.numel() == 0  # no kernel runs to fill what is summed up below
         new = A.new_zeros if empty else A.new_empty
         dA, scratch = new(batch, d_state, channels), new(2, batch, d_state, channels)
         dD, dbias = (new(batch, 0 if t is None else channels) for t in (D, delta_bias))
-        dBC = new(batch, length, 2, directions, d_state, dtype=torch.promote_types(B.dtype, C.dtype))
         if not empty:
             blocks, chunks, chunk = _blocks(A, B), _chunks(u), SIZES["CHUNK"]
             dpairs = A.new_empty(blocks, batch, directions, chunks, d_state, 2 * chunk)
@@ -949,10 +950,10 @@ if triton is not None:
             after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dD, dbias), triton.next_power_of_2(d_state)
             _launch(_backward_kernel, (dout,), inputs, after, strides, softplus)
             _unpack_kernel[chunks, directions, batch](
-                dpairs, dBC, length, chunks, d_state, blocks, dpairs.stride(0),
+                dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
                 BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
             )  # fmt: skip
-        return du, ddelta, dA.sum(0).t().contiguous(), dBC, dD.sum(0), dbias.sum(0)
+        return du, ddelta, dA.sum(0).t().contiguous(), dD.sum(0), dbias.sum(0)
 
     INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
     GRADIENTS = ", ".join(["Tensor"] * 8)
@@ -971,10 +972,10 @@ if triton is not None:
         schema=f"(Tensor dout, Tensor starts, {INPUTS}, bool softplus) -> ({GRADIENTS})",
     )
     def _triton_scan_backward(dout, starts, u, delta, A, B, C, D, z, delta_bias, softplus):
-        dz = _room_for(z, u)
-        inputs = (u, delta, A, B, C, D, z, delta_bias)
-        du, ddelta, dA, dBC, dD, dbias = _scan_backward(dout, starts, inputs, softplus, dz)
-        dB, dC = dBC.unbind(2)
+        dz, inputs = _room_for(z, u), (u, delta, A, B, C, D, z, delta_bias)
+        dBC = B.new_zeros(*B.shape[:2], 2 * B.shape[2] * B.shape[3], dtype=torch.float32)
+        du, ddelta, dA, dD, dbias = _scan_backward(dout, starts, inputs, softplus, dz, dBC)
+        dB, dC = dBC.unflatten(-1, (2, *B.shape[2:])).unbind(2)
         return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dD, dz, dbias
 
     @_triton_scan.register_fake
@@ -1184,10 +1185,9 @@ if triton is not None:
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
-        du, ddelta, dA, dBC, dD, dbias = _scan_backward(dy, starts, scan, True, dz)
-        dsmall[..., :rank] = ddelta @ dt_proj
-        dsmall[..., rank:] = dBC.flatten(2)
+        du, ddelta, dA, dD, dbias = _scan_backward(dy, starts, scan, True, dz, dsmall[..., rank:])
         rows, wide = dsmall.flatten(0, 1), du.flatten(0, 1)
+        torch.mm(ddelta.flatten(0, 1), dt_proj, out=rows[:, :rank])
         dx_proj = rows.t() @ u.flatten(0, 1)
         ddt_proj = ddelta.flatten(0, 1).t() @ small.flatten(0, 1)[:, :rank]
         wide.addmm_(rows, x_proj)
