@@ -88,8 +88,7 @@ def _backend_for(asked: str | None, device: torch.device) -> str:
         name = choose_backend(device)[0]
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    if name == "triton":
-        _require(name, device)
+    _require(name, device)
     return name
 
 
@@ -336,10 +335,7 @@ class _ChunkedScan(torch.autograd.Function):
 @_one_direction_at_a_time
 def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
     """The CUDA kernel of the mamba-ssm package, which keeps time last: (batch, channels, length)."""
-    try:
-        selective_scan_fn = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except ImportError as error:
-        raise RuntimeError(f"scan backend mamba_ssm: {mamba_ssm_fault(u.device)}") from error
+    selective_scan_fn = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     delta, B, C = (t.to(u.dtype).transpose(1, 2) for t in (delta, B, C))
     z = None if z is None else z.to(u.dtype).transpose(1, 2)
     A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
@@ -523,6 +519,7 @@ if triton is not None:
 
     @triton.jit
     def _sigmoid(x):
+        """For gates: without tl.sigmoid's care for subnormal numbers, and without ``_exp``'s digits."""
         return 1 / (1 + tl.exp2(x * -LOG2_E))
 
     @triton.jit
@@ -539,6 +536,19 @@ if triton is not None:
         blocks = tl.cdiv(half, COLUMNS)
         block = tl.program_id(0) % blocks
         return tl.program_id(0) // blocks, block, block * COLUMNS + tl.arange(0, COLUMNS)
+
+    @triton.jit
+    def _owned(
+        half, D, delta_bias,
+        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """What a program of the scan owns: direction, block, channels and whether they are there, their D and bias."""
+        direction, block, inner = _share(half, COLUMNS)
+        in_half, d = inner < half, direction * half + inner
+        zero = tl.zeros([COLUMNS], tl.float32)
+        skip = _load(D, d, in_half, MASKED) if HAS_D else zero
+        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else zero
+        return direction, block, d, in_half, skip, bias
 
     @triton.jit
     def _place(step, length, direction):
@@ -696,13 +706,10 @@ if triton is not None:
         MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
         BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
-        direction, _block, inner = _share(half, COLUMNS)
+        direction, _block, d, in_half, skip, bias = _owned(half, D, delta_bias, HAS_D, HAS_BIAS, MASKED, COLUMNS)
         batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
-        in_half, d = inner < half, direction * half + inner
         channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
-        row, zero = d[None, :], tl.zeros([COLUMNS], tl.float32)
-        skip = _load(D, d, in_half, MASKED) if HAS_D else zero
-        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else zero
+        row = d[None, :]
         u, delta = u + batch * u_batch + row, delta + batch * delta_batch + row
         out += batch * length * channels + row
         if HAS_Z:
@@ -762,13 +769,10 @@ if triton is not None:
         MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        direction, block, inner = _share(half, COLUMNS)
+        direction, block, d, in_half, skip, bias = _owned(half, D, delta_bias, HAS_D, HAS_BIAS, MASKED, COLUMNS)
         batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
-        in_half, d = inner < half, direction * half + inner
         channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
         row, zero = d[None, :], tl.zeros([COLUMNS], tl.float32)
-        skip = _load(D, d, in_half, MASKED) if HAS_D else zero
-        bias = _load(delta_bias, d, in_half, MASKED) if HAS_BIAS else zero
         u, delta, dout = u + batch * u_batch + row, delta + batch * delta_batch + row, dout + batch * dout_batch + row
         du, ddelta = du + batch * length * channels + row, ddelta + batch * length * channels + row
         if HAS_Z:
@@ -858,7 +862,7 @@ if triton is not None:
             delta_tile, dy, dwrite = _tile_of(deltas) * LN_2, _tile_of(dys), _tile_of(dwrites)
             ddelta_tile, du_tile = dwrite * u_tile + _tile_of(dexponents), dwrite * delta_tile
             if SOFTPLUS:
-                ddelta_tile *= 1 / (1 + _exp(-raw))
+                ddelta_tile *= 1 / (1 + _exp(-raw))  # the derivative of softplus
             if HAS_BIAS:
                 dbias = _sum_of(_rows_of(tl.where(there, ddelta_tile, 0.0) if MASKED else ddelta_tile))
                 dbias_d, dbias_lost = _add(dbias_d, dbias_lost, dbias)
@@ -901,13 +905,13 @@ if triton is not None:
             B, C, pairs, length, chunks, d_state, *(s for t in (B, C) for s in t.stride()[:3]),
             BLOCK_N=block_n, CHUNK=chunk, num_warps=1,
         )  # fmt: skip
-        flags |= dict(BLOCK_N=block_n)
         strides = [*strides, length, half, d_state, *(stride for t in walked for stride in t.stride()[:2])]
         # A as (d_state, channels): neighbouring channels lie side by side.
         kernel[_blocks(A, B) * directions, batch](
             *before, u, delta, A.t().contiguous(), pairs, D, z, delta_bias, *after, *strides,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
-            MASKED=half % SIZES["COLUMNS"] + length % chunk != 0, DIRECTIONS=directions, num_warps=1, **SIZES, **flags,
+            MASKED=half % SIZES["COLUMNS"] + length % chunk != 0, DIRECTIONS=directions, BLOCK_N=block_n,
+            num_warps=1, **SIZES, **flags,
         )  # fmt: skip
 
     def _room_for(t: Tensor | None, like: Tensor) -> Tensor:
@@ -969,12 +973,12 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::selective_scan_backward",
         mutates_args=(),
-        schema=f"(Tensor dout, Tensor starts, {INPUTS}, bool softplus) -> ({GRADIENTS})",
+        schema=f"(Tensor dout, Tensor states, {INPUTS}, bool softplus) -> ({GRADIENTS})",
     )
-    def _triton_scan_backward(dout, starts, u, delta, A, B, C, D, z, delta_bias, softplus):
+    def _triton_scan_backward(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
         dz, inputs = _room_for(z, u), (u, delta, A, B, C, D, z, delta_bias)
         dBC = B.new_zeros(*B.shape[:2], 2 * B.shape[2] * B.shape[3], dtype=torch.float32)
-        du, ddelta, dA, dD, dbias = _scan_backward(dout, starts, inputs, softplus, dz, dBC)
+        du, ddelta, dA, dD, dbias = _scan_backward(dout, states, inputs, softplus, dz, dBC)
         dB, dC = dBC.unflatten(-1, (2, *B.shape[2:])).unbind(2)
         return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dD, dz, dbias
 
@@ -983,7 +987,7 @@ if triton is not None:
         return torch.empty_like(u, memory_format=torch.contiguous_format), _kept_states(u, A, keep)
 
     @_triton_scan_backward.register_fake
-    def _(dout, starts, u, delta, A, B, C, D, z, delta_bias, softplus):
+    def _(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
         return tuple(_room_for(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
 
     def _save_inputs(ctx, inputs, output) -> None:
@@ -992,9 +996,9 @@ if triton is not None:
         ctx.save_for_backward(output[1], *tensors)
         ctx.set_materialize_grads(False)
 
-    def _gradients(ctx, dout: Tensor, _dstarts):
-        starts, *tensors = ctx.saved_tensors
-        gradients = _triton_scan_backward(_rows(dout), starts, *tensors, ctx.flag)
+    def _gradients(ctx, dout: Tensor, _dstates):
+        states, *tensors = ctx.saved_tensors
+        gradients = _triton_scan_backward(_rows(dout), states, *tensors, ctx.flag)
         return *(None if t is None else g for t, g in zip(tensors, gradients)), None, None
 
     _triton_scan.register_autograd(_gradients, setup_context=_save_inputs)
@@ -1178,14 +1182,14 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::inner_backward",
         mutates_args=(),
-        schema=f"(Tensor dy, Tensor starts, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
+        schema=f"(Tensor dy, Tensor states, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
     )
-    def _triton_inner_backward(dy, starts, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
+    def _triton_inner_backward(dy, states, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
         x, u, delta, B, C, z, small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
-        du, ddelta, dA, dD, dbias = _scan_backward(dy, starts, scan, True, dz, dsmall[..., rank:])
+        du, ddelta, dA, dD, dbias = _scan_backward(dy, states, scan, True, dz, dsmall[..., rank:])
         rows, wide = dsmall.flatten(0, 1), du.flatten(0, 1)
         torch.mm(ddelta.flatten(0, 1), dt_proj, out=rows[:, :rank])
         dx_proj = rows.t() @ u.flatten(0, 1)
@@ -1200,10 +1204,10 @@ if triton is not None:
         return y, _kept_states(y, A, keep)
 
     @_triton_inner_backward.register_fake
-    def _(dy, starts, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
+    def _(dy, states, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
         return tuple(torch.empty_like(t) for t in (xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias))
 
-    def _inner_gradients(ctx, dy: Tensor, _dstarts):
+    def _inner_gradients(ctx, dy: Tensor, _dstates):
         return *_triton_inner_backward(_rows(dy), *ctx.saved_tensors, ctx.flag), None, None
 
     _triton_inner.register_autograd(_inner_gradients, setup_context=_save_inputs)

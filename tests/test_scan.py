@@ -415,13 +415,14 @@ import selective_scan as scan
 
 flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True)
 sizes = dict(DIRECTIONS=2, BLOCK_N=16, **scan.SIZES)
+packing = dict(BLOCK_N=16, CHUNK=scan.SIZES["CHUNK"])
 float32 = "A D delta_bias pairs states scratch dA dpairs dD ddelta_bias weight bias dweight dbias".split()
 bfloat16 = "dout u delta B C z out du ddelta dz dBC x dx".split()
 kernels = [
-    (scan._pack_kernel, {"BLOCK_N": 16, "CHUNK": 16}),
-    (scan._forward_kernel, {**flags, **sizes, "AHEAD": 2}),
+    (scan._pack_kernel, packing),
+    (scan._forward_kernel, {**flags, **sizes, "AHEAD": scan.FORWARD["AHEAD"]}),
     (scan._backward_kernel, {**flags, **sizes}),
-    (scan._unpack_kernel, {"BLOCK_N": 16, "CHUNK": 16, "DIRECTIONS": 2}),
+    (scan._unpack_kernel, {**packing, "DIRECTIONS": 2}),
     (scan._conv_forward_kernel, {**scan.CONV, "TAPS": 4}),
     (scan._conv_backward_kernel, {**scan.CONV, "TAPS": 4}),
 ]
