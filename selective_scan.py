@@ -500,16 +500,9 @@ if triton is not None:
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
     @triton.jit
-    def _exp(x):
-        """eˣ, with the digits that x · log2 e would lose: the nearest power of 2 apart from the rest."""
-        n = tl.floor(x * LOG2_E + 0.5)
-        rest = x - n * 0.693359375 + n * 2.12194440e-4  # ln 2 in two parts, products with the first are exact
-        return tl.exp2(n) * tl.exp2(rest * LOG2_E)
-
-    @triton.jit
     def _softplus(x):
-        """log(1 + eˣ), right to 2e-7 of its value also where that is small: a polynomial instead of the logarithm."""
-        e = _exp(-tl.abs(x))  # in 0 … 1, where log(1 + e) = e p(e)
+        """log(1 + eˣ), right to 1e-6 of its value also where that is small: a polynomial instead of the logarithm."""
+        e = tl.exp2(tl.abs(x) * -LOG2_E)  # in 0 … 1, where log(1 + e) = e p(e)
         p = 0.0198514480 - 0.0032440221 * e
         p = 0.1060365215 - e * (0.0569595098 - e * p)
         p = 0.1967593879 - e * (0.1530559063 - e * p)
@@ -519,8 +512,9 @@ if triton is not None:
 
     @triton.jit
     def _sigmoid(x):
-        """For gates: without tl.sigmoid's care for subnormal numbers, and without ``_exp``'s digits."""
-        return 1 / (1 + tl.exp2(x * -LOG2_E))
+        """1 / (1 + e⁻ˣ) without tl.sigmoid's care for subnormal numbers; a root takes fewer instructions than 1 / x."""
+        root = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
+        return root * root
 
     @triton.jit
     def _load(pointer, offsets, mask, MASKED: tl.constexpr):
@@ -698,6 +692,16 @@ if triton is not None:
         mask = (step < length) & (n < d_state)
         tl.store(dBC + (which * DIRECTIONS + direction) * d_state + n, total.to(dBC.dtype.element_ty), mask=mask)
 
+    @triton.jit
+    def _sum_kernel(parts, total, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Sum of (rows, columns) over its rows, in the same order at every run."""
+        row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, rows, ROWS):
+            mask = (first + row < rows) & (column < columns)[None, :]
+            sums += tl.load(parts + (first + row) * columns + column[None, :], mask=mask, other=0.0)
+        tl.store(total + column, tl.sum(sums, 0), mask=column < columns)
+
     @triton.jit(do_not_specialize=["length"])
     def _forward_kernel(
         u, delta, A, pairs, D, z, delta_bias, out, states, states_batch, slot, length, half, d_state,
@@ -718,15 +722,15 @@ if triton is not None:
         states += batch * states_batch + d
         pairs += (batch * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
 
-        u_next, delta_next, z_next = _read_inputs(
-            u, delta, z, 0, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
-        )
+        u_next = _read_tile(u, u_time, 0, length, direction, in_half, MASKED, CHUNK)
+        delta_next = _read_tile(delta, delta_time, 0, length, direction, in_half, MASKED, CHUNK)
         for chunk in range(chunks):
             place, there = _places(chunk, length, direction, in_half, CHUNK)
-            u_tile, z_tile = u_next.to(tl.float32), z_next
-            delta_tile = _step_sizes(delta_next.to(tl.float32) + bias[None, :], there, SOFTPLUS, MASKED)
-            # log2 e goes to the step sizes, because A with it would be off by the same at every step.
-            deltas, writes = _rows_of(delta_tile * LOG2_E), _rows_of(delta_tile * u_tile)
+            us, raws, deltas, writes = _rows_of(u_next), _rows_of(delta_next), (), ()
+            for i in tl.static_range(CHUNK):
+                delta_i = _step_sizes(raws[i].to(tl.float32) + bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
+                # log2 e goes to the step sizes, because A with it would be off by the same at every step.
+                deltas, writes = deltas + (delta_i * LOG2_E,), writes + (delta_i * us[i].to(tl.float32),)
             ys = _zeros_like(deltas)
 
             before, now = states + (chunk - 1) * slot, pairs + chunk * d_state * (2 * CHUNK)
@@ -743,22 +747,27 @@ if triton is not None:
                     Bs, Cs = _spread(pair, COLUMNS, CHUNK)
                     sums = ()
                     for i in tl.static_range(CHUNK):
-                        h = tl.exp2(deltas[i] * A_n) * h + writes[i] * Bs[i]
+                        h = tl.fma(tl.exp2(deltas[i] * A_n), h, writes[i] * Bs[i])
                         sums = sums + (ys[i] + h * Cs[i],)
                     ys = sums
                     tl.store(states + chunk * slot + (n + k) * channels, h, mask=in_half & (n + k < d_state))
                 queue = ahead
 
-            u_next, delta_next, z_next = _read_inputs(
-                u, delta, z, chunk + 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
-            )
-            y = _tile_of(ys)
-            if HAS_D:
-                y += skip[None, :] * u_tile
-            if HAS_Z:
-                z_tile = z_tile.to(tl.float32)
-                y *= z_tile * _sigmoid(z_tile)
-            tl.store(out + place * channels, y.to(out.dtype.element_ty), mask=there)
+            # What the states have in common; u is read once more rather than kept.
+            u_tile = _read_tile(u, u_time, chunk, length, direction, in_half, MASKED, CHUNK)
+            z_tile = _read_tile(z, z_time, chunk, length, direction, in_half, MASKED, CHUNK) if HAS_Z else u_tile
+            u_next = _read_tile(u, u_time, chunk + 1, length, direction, in_half, MASKED, CHUNK)
+            delta_next = _read_tile(delta, delta_time, chunk + 1, length, direction, in_half, MASKED, CHUNK)
+            us, zs, outs = _rows_of(u_tile), _rows_of(z_tile), ()
+            for i in tl.static_range(CHUNK):
+                y = ys[i]
+                if HAS_D:
+                    y += skip * us[i].to(tl.float32)
+                if HAS_Z:
+                    z_i = zs[i].to(tl.float32)
+                    y *= z_i * _sigmoid(z_i)
+                outs = outs + (y.to(out.dtype.element_ty),)
+            tl.store(out + place * channels, _tile_of(outs), mask=there)
 
     @triton.jit(do_not_specialize=["length", "batches"])
     def _backward_kernel(
@@ -798,13 +807,17 @@ if triton is not None:
             place, there = _places(chunk, length, direction, in_half, CHUNK)
             # The states before the chunk come from far away: all at once, to where they are near.
             tl.store(copy + n_tile * channels + row, before_next, mask=state_there)
-            dy, u_tile, z_tile = dout_next.to(tl.float32), u_next.to(tl.float32), z_next.to(tl.float32)
-            if HAS_Z:
-                dy *= z_tile * _sigmoid(z_tile)
-            delta_tile = _step_sizes(delta_next.to(tl.float32) + bias[None, :], there, SOFTPLUS, MASKED)
-            deltas, writes, dys = _rows_of(delta_tile * LOG2_E), _rows_of(delta_tile * u_tile), _rows_of(dy)
+            us, raws, zs, douts = _rows_of(u_next), _rows_of(delta_next), _rows_of(z_next), _rows_of(dout_next)
+            deltas, writes, dys, skipped = (), (), (), ()
+            for i in tl.static_range(CHUNK):
+                dy, u_i, z_i = douts[i].to(tl.float32), us[i].to(tl.float32), zs[i].to(tl.float32)
+                if HAS_Z:
+                    dy *= z_i * _sigmoid(z_i)
+                delta_i = _step_sizes(raws[i].to(tl.float32) + bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
+                deltas, writes, dys = deltas + (delta_i * LOG2_E,), writes + (delta_i * u_i,), dys + (dy,)
+                skipped = skipped + (dy * u_i,)
             if HAS_D:
-                dD_d, dD_lost = _add(dD_d, dD_lost, _sum_of(_rows_of(dy * u_tile)))
+                dD_d, dD_lost = _add(dD_d, dD_lost, _sum_of(skipped))
             ys, dwrites, dexponents = _zeros_like(deltas), _zeros_like(deltas), _zeros_like(deltas)
             tl.debug_barrier()  # what other threads have put there is read now
 
@@ -822,32 +835,36 @@ if triton is not None:
                 Bs, Cs = _spread(pair, COLUMNS, CHUNK)
 
                 # Forwards through the chunk, as in the forward pass.
-                hs, decays, sums, dCs = (), (), (), ()
+                left, decays, sums, dCs = (), (), (), ()
                 for i in tl.static_range(CHUNK):
-                    hs, decays = hs + (h,), decays + (tl.exp2(deltas[i] * A_n),)
-                    h = decays[i] * h + writes[i] * Bs[i]
+                    decays = decays + (tl.exp2(deltas[i] * A_n),)
+                    left = left + (decays[i] * h,)
+                    h = left[i] + writes[i] * Bs[i]
                     sums, dCs = sums + (ys[i] + h * Cs[i],), dCs + (h * dys[i],)
                 ys = sums
 
-                # And back.
-                dBs, write_sums, exponent_sums, dA_chunk = (), (), (), zero
+                # And back; dh is the gradient of the state after a step.
+                dBs, write_sums, exponent_sums, dA_even, dA_odd = (), (), (), zero, zero
                 for i in tl.static_range(CHUNK - 1, -1, -1):
-                    dh += Cs[i] * dys[i]
+                    own = Cs[i] * dys[i]
+                    dh = tl.fma(decays[i + 1], dh, own) if i + 1 < CHUNK else dh + own
                     write_sums = (dwrites[i] + dh * Bs[i],) + write_sums
                     dBs = (dh * writes[i],) + dBs
-                    dh *= decays[i]
-                    dexponent = dh * hs[i]  # gradient of delta_t A
+                    dexponent = dh * left[i]  # gradient of delta_t A
                     exponent_sums = (dexponents[i] + dexponent * A_n,) + exponent_sums
-                    dA_chunk += dexponent * deltas[i]
+                    if i % 2:
+                        dA_odd += dexponent * deltas[i]
+                    else:
+                        dA_even += dexponent * deltas[i]
                 dwrites, dexponents = write_sums, exponent_sums
-                tl.store(carried + n * channels, dh, mask=in_half)
-                tl.store(dA + n * channels, dA_n + dA_chunk * LN_2, mask=in_half)
+                tl.store(carried + n * channels, dh * decays[0], mask=in_half)
+                tl.store(dA + n * channels, dA_n + (dA_even + dA_odd) * LN_2, mask=in_half)
                 # A thread holds a channel of 2 CHUNK products; now it gets one product of all channels, and adds them.
                 products = tl.trans(_tile_of(dBs + dCs))
                 tl.store(dpairs + (chunk * d_state + n) * (2 * CHUNK), _sum_of(_rows_of(products)))
 
             # What the states have in common; the inputs are read once more rather than kept.
-            u_tile, raw, z_tile = _read_inputs(
+            u_tile, raw_tile, z_tile = _read_inputs(
                 u, delta, z, chunk, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
             )
             dout_tile = _read_tile(dout, dout_time, chunk, length, direction, in_half, MASKED, CHUNK)
@@ -857,23 +874,27 @@ if triton is not None:
             dout_next = _read_tile(dout, dout_time, chunk - 1, length, direction, in_half, MASKED, CHUNK)
             mask = state_there & (chunk > 1)
             before_next = tl.load(states + (chunk - 2) * slot + n_tile * channels, mask=mask, other=0.0)
-            u_tile, dout_tile, z_tile = u_tile.to(tl.float32), dout_tile.to(tl.float32), z_tile.to(tl.float32)
-            raw = raw.to(tl.float32) + bias[None, :]
-            delta_tile, dy, dwrite = _tile_of(deltas) * LN_2, _tile_of(dys), _tile_of(dwrites)
-            ddelta_tile, du_tile = dwrite * u_tile + _tile_of(dexponents), dwrite * delta_tile
-            if SOFTPLUS:
-                ddelta_tile *= 1 / (1 + _exp(-raw))  # the derivative of softplus
+            us, raws, zs, douts = _rows_of(u_tile), _rows_of(raw_tile), _rows_of(z_tile), _rows_of(dout_tile)
+            dus, ddeltas, dzs, dbias = (), (), (), ()
+            for i in tl.static_range(CHUNK):
+                u_i, z_i = us[i].to(tl.float32), zs[i].to(tl.float32)
+                ddelta_i, du_i = dwrites[i] * u_i + dexponents[i], dwrites[i] * (deltas[i] * LN_2)
+                if SOFTPLUS:
+                    ddelta_i *= _sigmoid(raws[i].to(tl.float32) + bias)  # the derivative of softplus
+                if HAS_D:
+                    du_i += skip * dys[i]
+                if HAS_Z:
+                    open_z = _sigmoid(z_i)
+                    dz_i = douts[i].to(tl.float32) * (ys[i] + skip * u_i) * open_z * (1 + z_i * (1 - open_z))
+                    dzs = dzs + (dz_i.to(dz.dtype.element_ty),)
+                dus, ddeltas = dus + (du_i.to(du.dtype.element_ty),), ddeltas + (ddelta_i.to(ddelta.dtype.element_ty),)
+                dbias = dbias + (tl.where(chunk * CHUNK + i < length, ddelta_i, 0.0) if MASKED else ddelta_i,)
             if HAS_BIAS:
-                dbias = _sum_of(_rows_of(tl.where(there, ddelta_tile, 0.0) if MASKED else ddelta_tile))
-                dbias_d, dbias_lost = _add(dbias_d, dbias_lost, dbias)
-            if HAS_D:
-                du_tile += skip[None, :] * dy
+                dbias_d, dbias_lost = _add(dbias_d, dbias_lost, _sum_of(dbias))
             if HAS_Z:
-                open_z = _sigmoid(z_tile)
-                dz_tile = dout_tile * (_tile_of(ys) + skip[None, :] * u_tile) * open_z * (1 + z_tile * (1 - open_z))
-                tl.store(dz + place * dz_time, dz_tile.to(dz.dtype.element_ty), mask=there)
-            tl.store(ddelta + place * channels, ddelta_tile.to(ddelta.dtype.element_ty), mask=there)
-            tl.store(du + place * channels, du_tile.to(du.dtype.element_ty), mask=there)
+                tl.store(dz + place * dz_time, _tile_of(dzs), mask=there)
+            tl.store(ddelta + place * channels, _tile_of(ddeltas), mask=there)
+            tl.store(du + place * channels, _tile_of(dus), mask=there)
             tl.debug_barrier()
 
         # Sums over this image's time; (batch, ...).
@@ -886,6 +907,14 @@ if triton is not None:
     SIZES = {"COLUMNS": 32, "CHUNK": 16}
     # States read ahead; registers of a thread, so that all warps of the training step find room at once.
     FORWARD = {"AHEAD": 2, "maxnreg": 128}
+
+    def _sum(parts: Tensor) -> Tensor:
+        """parts.sum(0) of a contiguous float32 tensor, where PyTorch's own takes three times as long."""
+        total = parts.new_empty(parts.shape[1:])
+        if not parts.numel():
+            return total.zero_()
+        _sum_kernel[(triton.cdiv(total.numel(), 32),)](parts, total, len(parts), total.numel(), ROWS=16, COLUMNS=32)
+        return total
 
     def _blocks(A: Tensor, B: Tensor) -> int:
         """Programs that share the channels of a direction."""
@@ -957,7 +986,7 @@ if triton is not None:
                 dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
                 BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
             )  # fmt: skip
-        return du, ddelta, dA.sum(0).t().contiguous(), dD.sum(0), dbias.sum(0)
+        return du, ddelta, _sum(dA).t().contiguous(), _sum(dD), _sum(dbias)
 
     INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
     GRADIENTS = ", ".join(["Tensor"] * 8)
@@ -991,9 +1020,9 @@ if triton is not None:
         return tuple(_room_for(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
 
     def _save_inputs(ctx, inputs, output) -> None:
-        """For operators that take (tensors ..., a flag, keep) and return (y, the kept states)."""
+        """For operators that take (tensors ..., a flag, keep) and return y and what their backward pass wants."""
         *tensors, ctx.flag, _keep = inputs
-        ctx.save_for_backward(output[1], *tensors)
+        ctx.save_for_backward(*output[1:], *tensors)
         ctx.set_materialize_grads(False)
 
     def _gradients(ctx, dout: Tensor, _dstates):
@@ -1006,8 +1035,9 @@ if triton is not None:
     # ── The short convolution ───────────────────────────────────────────────────────────────────────────────────────
     #
     # One program owns COLUMNS channels of one image and one direction and walks through TOKENS steps, with the last
-    # TAPS - 1 inputs in registers. Each value is read once; the backward pass walks TAPS - 1 steps into the next
-    # program's part, because a token's gradient comes from the tokens after it.
+    # TAPS - 1 inputs in registers; AHEAD rows are asked for before the rows before them are written. Each value is read
+    # once; the backward pass walks TAPS - 1 steps into the next program's part, because a token's gradient comes from
+    # the tokens after it.
 
     @triton.jit
     def _conv_part(half, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
@@ -1018,10 +1048,14 @@ if triton is not None:
         return direction, batch, part, direction * half + inner, inner < half, tl.program_id(1) * TOKENS
 
     @triton.jit
-    def _read_row(x, step, length, direction, x_time, d, in_half):
-        """Channels at a direction's ``step``, zero outside the sequence."""
-        inside = in_half & (step >= 0) & (step < length)
-        return tl.load(x + _place(step, length, direction) * x_time + d, mask=inside, other=0.0).to(tl.float32)
+    def _read_rows(x, first, length, direction, x_time, d, in_half, COUNT: tl.constexpr, BACK: tl.constexpr):
+        """Channels at COUNT steps of a direction from ``first`` on, or back from it, as stored; 0 beyond the ends."""
+        rows = ()
+        for i in tl.static_range(COUNT):
+            step = first - i if BACK else first + i
+            inside = in_half & (step >= 0) & (step < length)
+            rows = rows + (tl.load(x + _place(step, length, direction) * x_time + d, mask=inside, other=0.0),)
+        return rows
 
     @triton.jit
     def _taps(weight, d, in_half, TAPS: tl.constexpr):
@@ -1034,9 +1068,9 @@ if triton is not None:
     @triton.jit
     def _window(x, first, length, direction, x_time, d, in_half, TAPS: tl.constexpr):
         """The TAPS - 1 inputs before step ``first``, newest first."""
-        window = ()
-        for back in tl.static_range(1, TAPS):
-            window = window + (_read_row(x, first - back, length, direction, x_time, d, in_half),)
+        rows, window = _read_rows(x, first - 1, length, direction, x_time, d, in_half, TAPS - 1, True), ()
+        for i in tl.static_range(TAPS - 1):
+            window = window + (rows[i].to(tl.float32),)
         return window
 
     @triton.jit
@@ -1050,24 +1084,29 @@ if triton is not None:
     @triton.jit
     def _conv_forward_kernel(
         x, weight, bias, out, length, half, channels, x_batch, x_time,
-        TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
+        TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
         direction, batch, _part, d, in_half, first = _conv_part(half, COLUMNS, TOKENS)
         x, out = x + batch * x_batch, out + batch * length * channels
         taps, bias_d = _taps(weight, d, in_half, TAPS), tl.load(bias + d, mask=in_half, other=0.0)
         window = _window(x, first, length, direction, x_time, d, in_half, TAPS)
-        for step in tl.range(first, tl.minimum(first + TOKENS, length), loop_unroll_factor=UNROLL):
-            window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
-            total = _filter(taps, window, bias_d, TAPS)
-            window = window[: TAPS - 1]
-            y = total * _sigmoid(total)
-            tl.store(out + _place(step, length, direction) * channels + d, y.to(out.dtype.element_ty), mask=in_half)
+        end, rows = first + TOKENS, _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD, False)
+        for start in range(first, end, AHEAD):
+            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD, False)
+            for i in tl.static_range(AHEAD):
+                window = (rows[i].to(tl.float32),) + window
+                total = _filter(taps, window, bias_d, TAPS)
+                window = window[: TAPS - 1]
+                y, mask = total * _sigmoid(total), in_half & (start + i < length)
+                place = _place(start + i, length, direction)
+                tl.store(out + place * channels + d, y.to(out.dtype.element_ty), mask=mask)
+            rows = ahead
 
     @triton.jit
     def _conv_backward_kernel(
         dout, x, weight, bias, dx, dweight, dbias, length, half, channels,
         dout_batch, dout_time, x_batch, x_time, dx_batch, dx_time,
-        TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
+        TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
         direction, batch, part, d, in_half, first = _conv_part(half, COLUMNS, TOKENS)
         x, dout, dx = x + batch * x_batch, dout + batch * dout_batch, dx + batch * dx_batch
@@ -1078,49 +1117,59 @@ if triton is not None:
         for _back in tl.static_range(1, TAPS):
             dtotals, dtaps = dtotals + (zero,), dtaps + (zero,)
         end = tl.minimum(first + TOKENS, length)
-        for step in tl.range(first, end + TAPS - 1, loop_unroll_factor=UNROLL):
-            window = (_read_row(x, step, length, direction, x_time, d, in_half),) + window
-            total = _filter(taps, window, bias_d, TAPS)
-            gate = _sigmoid(total)
-            dy = _read_row(dout, step, length, direction, dout_time, d, in_half)
-            dtotal = dy * gate * (1 + total * (1 - gate))
-            # Of the sum before the SiLU at this step and the TAPS - 1 before, newest first.
-            dtotals = (dtotal,) + dtotals
-            own = tl.where(step < end, dtotal, 0.0)
-            dbias_d += own
-            sums, dx_t = (), zero
-            for back in tl.static_range(TAPS):
-                sums = sums + (dtaps[back] + own * window[back],)
-                dx_t += taps[TAPS - 1 - back] * dtotals[back]
-            window, dtotals, dtaps = window[: TAPS - 1], dtotals[: TAPS - 1], sums
-            to = step - (TAPS - 1)
-            mask = in_half & (to >= first)
-            tl.store(dx + _place(to, length, direction) * dx_time + d, dx_t.to(dx.dtype.element_ty), mask=mask)
+        rows = _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD, False)
+        douts = _read_rows(dout, first, length, direction, dout_time, d, in_half, AHEAD, False)
+        for start in range(first, end + TAPS - 1, AHEAD):
+            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD, False)
+            douts_ahead = _read_rows(dout, start + AHEAD, length, direction, dout_time, d, in_half, AHEAD, False)
+            for i in tl.static_range(AHEAD):
+                step = start + i
+                window = (rows[i].to(tl.float32),) + window
+                total = _filter(taps, window, bias_d, TAPS)
+                gate = _sigmoid(total)
+                dtotal = douts[i].to(tl.float32) * gate * (1 + total * (1 - gate))
+                # Of the sum before the SiLU at this step and the TAPS - 1 before, newest first.
+                dtotals = (dtotal,) + dtotals
+                own = tl.where(step < end, dtotal, 0.0)
+                dbias_d += own
+                sums, dx_t = (), zero
+                for back in tl.static_range(TAPS):
+                    sums = sums + (dtaps[back] + own * window[back],)
+                    dx_t += taps[TAPS - 1 - back] * dtotals[back]
+                window, dtotals, dtaps = window[: TAPS - 1], dtotals[: TAPS - 1], sums
+                to = step - (TAPS - 1)
+                mask = in_half & (to >= first) & (to < end)
+                tl.store(dx + _place(to, length, direction) * dx_time + d, dx_t.to(dx.dtype.element_ty), mask=mask)
+            rows, douts = ahead, douts_ahead
         tl.store(dbias + part * channels + d, dbias_d, mask=in_half)
         for back in tl.static_range(TAPS):
             tl.store(dweight + (part * channels + d) * TAPS + (TAPS - 1 - back), dtaps[back], mask=in_half)
 
-    CONV = {"COLUMNS": 128, "TOKENS": 64, "UNROLL": 4}
+    CONV_FORWARD = {"COLUMNS": 64, "TOKENS": 128, "AHEAD": 4}
+    CONV_BACKWARD = {"COLUMNS": 64, "TOKENS": 128, "AHEAD": 2}
 
-    def _launch_conv(kernel, x, weight, bidirectional, tensors, *strided):
+    def _launch_conv(kernel, sizes, x, weight, bidirectional, tensors, *strided):
         (batch, length, channels), half = x.shape, x.shape[2] // (2 if bidirectional else 1)
         if x.numel():
-            grid = (triton.cdiv(half, CONV["COLUMNS"]) * (channels // half), triton.cdiv(length, CONV["TOKENS"]), batch)
+            blocks, parts = triton.cdiv(half, sizes["COLUMNS"]), triton.cdiv(length, sizes["TOKENS"])
             strides = [stride for t in strided for stride in t.stride()[:2]]
-            kernel[grid](*tensors, length, half, channels, *strides, TAPS=weight.shape[1], num_warps=1, **CONV)
+            taps = weight.shape[1]
+            kernel[blocks * (channels // half), parts, batch](
+                *tensors, length, half, channels, *strides, TAPS=taps, num_warps=1, **sizes
+            )
 
     def _conv_forward(x, weight, bias, both) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _launch_conv(_conv_forward_kernel, x, weight, both, (x, weight, bias, out), x)
+        _launch_conv(_conv_forward_kernel, CONV_FORWARD, x, weight, both, (x, weight, bias, out), x)
         return out
 
     def _conv_backward(dout, x, weight, bias, both, dx) -> tuple[Tensor, Tensor]:
         """Gradients of weight and bias; that of x goes to ``dx``."""
-        parts = x.shape[0] * triton.cdiv(x.shape[1], CONV["TOKENS"])
+        parts = x.shape[0] * triton.cdiv(x.shape[1], CONV_BACKWARD["TOKENS"])
         dweight, dbias = weight.new_empty(parts, *weight.shape), bias.new_empty(parts, *bias.shape)
         tensors = (dout, x, weight, bias, dx, dweight, dbias)
-        _launch_conv(_conv_backward_kernel, x, weight, both, tensors, dout, x, dx)
-        return dweight.sum(0), dbias.sum(0)
+        _launch_conv(_conv_backward_kernel, CONV_BACKWARD, x, weight, both, tensors, dout, x, dx)
+        return _sum(dweight), _sum(dbias)
 
     @torch.library.custom_op(
         "mamba_ginr::causal_conv", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, bool both) -> Tensor"
@@ -1156,16 +1205,14 @@ if triton is not None:
 
     # ── All between in_proj and out_proj ────────────────────────────────────────────────────────────────────────────
     #
-    # One operator, so that the backward pass can compute the convolution and the step sizes again instead of keeping
-    # them, and write the gradients of both halves of xz where in_proj's backward wants them.
+    # One operator, so that the backward pass can compute the step sizes again instead of keeping them, and write the
+    # gradients of both halves of xz where in_proj's backward wants them.
 
-    def _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both):
-        """Input x of the convolution; inputs of the scan u, delta, B, C, z; the small projection that holds B and C."""
-        x, z = xz.chunk(2, dim=-1)
-        u = _conv_forward(x, conv_weight, conv_bias, both)
-        small, rank = u @ x_proj.t(), dt_proj.shape[1]
+    def _cut(small, dt_proj, A):
+        """Step sizes, B and C from the small projection [step sizes | B | C]."""
+        rank = dt_proj.shape[1]
         B, C = small[..., rank:].unflatten(-1, (2, -1, A.shape[1])).unbind(2)
-        return x, u, small[..., :rank] @ dt_proj.t(), B, C, z, small
+        return small[..., :rank] @ dt_proj.t(), B, C
 
     WEIGHTS = (
         "Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
@@ -1173,19 +1220,24 @@ if triton is not None:
     )
 
     @torch.library.custom_op(
-        "mamba_ginr::inner", mutates_args=(), schema=f"(Tensor xz, {WEIGHTS}, bool keep) -> (Tensor, Tensor)"
+        "mamba_ginr::inner",
+        mutates_args=(),
+        schema=f"(Tensor xz, {WEIGHTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     def _triton_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both, keep):
-        _x, u, delta, B, C, z, _small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
-        return _scan_forward((u, delta, A, B, C, D, z, dt_bias), True, keep)
+        x, z = xz.chunk(2, dim=-1)
+        u = _conv_forward(x, conv_weight, conv_bias, both)
+        small = u @ x_proj.t()
+        delta, B, C = _cut(small, dt_proj, A)
+        return *_scan_forward((u, delta, A, B, C, D, z, dt_bias), True, keep), u, small
 
     @torch.library.custom_op(
         "mamba_ginr::inner_backward",
         mutates_args=(),
-        schema=f"(Tensor dy, Tensor states, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
+        schema=f"(Tensor dy, Tensor states, Tensor u, Tensor small, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
     )
-    def _triton_inner_backward(dy, states, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
-        x, u, delta, B, C, z, small = _inner_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, A, both)
+    def _triton_inner_backward(dy, states, u, small, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
+        (x, z), (delta, B, C) = xz.chunk(2, dim=-1), _cut(small, dt_proj, A)
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
@@ -1201,13 +1253,13 @@ if triton is not None:
     @_triton_inner.register_fake
     def _(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both, keep):
         y = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-        return y, _kept_states(y, A, keep)
+        return y, _kept_states(y, A, keep), torch.empty_like(y), xz.new_empty(*xz.shape[:2], len(x_proj))
 
     @_triton_inner_backward.register_fake
-    def _(dy, states, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
+    def _(dy, states, u, small, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
         return tuple(torch.empty_like(t) for t in (xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias))
 
-    def _inner_gradients(ctx, dy: Tensor, _dstates):
+    def _inner_gradients(ctx, dy: Tensor, *_kept):
         return *_triton_inner_backward(_rows(dy), *ctx.saved_tensors, ctx.flag), None, None
 
     _triton_inner.register_autograd(_inner_gradients, setup_context=_save_inputs)
