@@ -501,7 +501,7 @@ if triton is not None:
 
     @triton.jit
     def _softplus(x):
-        """log(1 + eˣ), right to 1e-6 of its value also where that is small: a polynomial instead of the logarithm."""
+        """log(1 + eˣ), right to about 1e-6 of its value down to x = −20: a polynomial instead of the logarithm."""
         e = tl.exp2(tl.abs(x) * -LOG2_E)  # in 0 … 1, where log(1 + e) = e p(e)
         p = 0.0198514480 - 0.0032440221 * e
         p = 0.1060365215 - e * (0.0569595098 - e * p)
@@ -631,14 +631,15 @@ if triton is not None:
 
     @triton.jit
     def _read_inputs(
-        u, delta, z, chunk, length, direction, in_half, u_time, delta_time, z_time,
+        u, delta, z, dout, chunk, length, direction, in_half, u_time, delta_time, z_time, dout_time,
         HAS_Z: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """u, delta and z of a chunk; without a gate, z is a stand-in."""
+        """What the backward pass reads of a chunk: u, delta, z and dout; without a gate, z is a stand-in."""
         u_tile = _read_tile(u, u_time, chunk, length, direction, in_half, MASKED, CHUNK)
         delta_tile = _read_tile(delta, delta_time, chunk, length, direction, in_half, MASKED, CHUNK)
         z_tile = _read_tile(z, z_time, chunk, length, direction, in_half, MASKED, CHUNK) if HAS_Z else u_tile
-        return u_tile, delta_tile, z_tile
+        dout_tile = _read_tile(dout, dout_time, chunk, length, direction, in_half, MASKED, CHUNK)
+        return u_tile, delta_tile, z_tile, dout_tile
 
     @triton.jit
     def _read_state(A, before, pairs, n, chunk, d_state, channels, in_half, CHUNK: tl.constexpr):
@@ -649,10 +650,15 @@ if triton is not None:
         return A_n, h, tl.load(pairs + n * (2 * CHUNK), mask=n < d_state, other=0.0)
 
     @triton.jit
-    def _step_sizes(raw, there, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
-        """Step sizes after the softplus, 0 where nothing is."""
-        delta_tile = _softplus(raw) if SOFTPLUS else raw
-        return tl.where(there, delta_tile, 0.0) if MASKED else delta_tile
+    def _step(u_i, raw, bias, there, SOFTPLUS: tl.constexpr, MASKED: tl.constexpr):
+        """Of a step: delta log2 e and delta u, with delta after the softplus, 0 where nothing is."""
+        delta_i = raw.to(tl.float32) + bias
+        if SOFTPLUS:
+            delta_i = _softplus(delta_i)
+        if MASKED:
+            delta_i = tl.where(there, delta_i, 0.0)
+        # log2 e goes to the step sizes, because A with it would be off by the same at every step.
+        return delta_i * LOG2_E, delta_i * u_i.to(tl.float32)
 
     @triton.jit
     def _spread(pair, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
@@ -728,9 +734,8 @@ if triton is not None:
             place, there = _places(chunk, length, direction, in_half, CHUNK)
             us, raws, deltas, writes = _rows_of(u_next), _rows_of(delta_next), (), ()
             for i in tl.static_range(CHUNK):
-                delta_i = _step_sizes(raws[i].to(tl.float32) + bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
-                # log2 e goes to the step sizes, because A with it would be off by the same at every step.
-                deltas, writes = deltas + (delta_i * LOG2_E,), writes + (delta_i * us[i].to(tl.float32),)
+                delta_i, write_i = _step(us[i], raws[i], bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
+                deltas, writes = deltas + (delta_i,), writes + (write_i,)
             ys = _zeros_like(deltas)
 
             before, now = states + (chunk - 1) * slot, pairs + chunk * d_state * (2 * CHUNK)
@@ -796,10 +801,10 @@ if triton is not None:
         state_there = (n_tile < d_state) & in_half[None, :]
 
         dD_d, dD_lost, dbias_d, dbias_lost = zero, zero, zero, zero
-        u_next, delta_next, z_next = _read_inputs(
-            u, delta, z, chunks - 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
-        )
-        dout_next = _read_tile(dout, dout_time, chunks - 1, length, direction, in_half, MASKED, CHUNK)
+        u_next, delta_next, z_next, dout_next = _read_inputs(
+            u, delta, z, dout, chunks - 1, length, direction, in_half, u_time, delta_time, z_time, dout_time,
+            HAS_Z, MASKED, CHUNK,
+        )  # fmt: skip
         mask = state_there & (chunks > 1)
         before_next = tl.load(states + (chunks - 2) * slot + n_tile * channels, mask=mask, other=0.0)
         for back in range(chunks):
@@ -813,9 +818,9 @@ if triton is not None:
                 dy, u_i, z_i = douts[i].to(tl.float32), us[i].to(tl.float32), zs[i].to(tl.float32)
                 if HAS_Z:
                     dy *= z_i * _sigmoid(z_i)
-                delta_i = _step_sizes(raws[i].to(tl.float32) + bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
-                deltas, writes, dys = deltas + (delta_i * LOG2_E,), writes + (delta_i * u_i,), dys + (dy,)
-                skipped = skipped + (dy * u_i,)
+                delta_i, write_i = _step(u_i, raws[i], bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
+                deltas, writes = deltas + (delta_i,), writes + (write_i,)
+                dys, skipped = dys + (dy,), skipped + (dy * u_i,)
             if HAS_D:
                 dD_d, dD_lost = _add(dD_d, dD_lost, _sum_of(skipped))
             ys, dwrites, dexponents = _zeros_like(deltas), _zeros_like(deltas), _zeros_like(deltas)
@@ -864,14 +869,14 @@ if triton is not None:
                 tl.store(dpairs + (chunk * d_state + n) * (2 * CHUNK), _sum_of(_rows_of(products)))
 
             # What the states have in common; the inputs are read once more rather than kept.
-            u_tile, raw_tile, z_tile = _read_inputs(
-                u, delta, z, chunk, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
-            )
-            dout_tile = _read_tile(dout, dout_time, chunk, length, direction, in_half, MASKED, CHUNK)
-            u_next, delta_next, z_next = _read_inputs(
-                u, delta, z, chunk - 1, length, direction, in_half, u_time, delta_time, z_time, HAS_Z, MASKED, CHUNK
-            )
-            dout_next = _read_tile(dout, dout_time, chunk - 1, length, direction, in_half, MASKED, CHUNK)
+            u_tile, raw_tile, z_tile, dout_tile = _read_inputs(
+                u, delta, z, dout, chunk, length, direction, in_half, u_time, delta_time, z_time, dout_time,
+                HAS_Z, MASKED, CHUNK,
+            )  # fmt: skip
+            u_next, delta_next, z_next, dout_next = _read_inputs(
+                u, delta, z, dout, chunk - 1, length, direction, in_half, u_time, delta_time, z_time, dout_time,
+                HAS_Z, MASKED, CHUNK,
+            )  # fmt: skip
             mask = state_there & (chunk > 1)
             before_next = tl.load(states + (chunk - 2) * slot + n_tile * channels, mask=mask, other=0.0)
             us, raws, zs, douts = _rows_of(u_tile), _rows_of(raw_tile), _rows_of(z_tile), _rows_of(dout_tile)
@@ -911,9 +916,8 @@ if triton is not None:
     def _sum(parts: Tensor) -> Tensor:
         """parts.sum(0) of a contiguous float32 tensor, where PyTorch's own takes three times as long."""
         total = parts.new_empty(parts.shape[1:])
-        if not parts.numel():
-            return total.zero_()
-        _sum_kernel[(triton.cdiv(total.numel(), 32),)](parts, total, len(parts), total.numel(), ROWS=16, COLUMNS=32)
+        if total.numel():
+            _sum_kernel[(triton.cdiv(total.numel(), 32),)](parts, total, len(parts), total.numel(), ROWS=16, COLUMNS=32)
         return total
 
     def _blocks(A: Tensor, B: Tensor) -> int:
@@ -1048,11 +1052,11 @@ if triton is not None:
         return direction, batch, part, direction * half + inner, inner < half, tl.program_id(1) * TOKENS
 
     @triton.jit
-    def _read_rows(x, first, length, direction, x_time, d, in_half, COUNT: tl.constexpr, BACK: tl.constexpr):
-        """Channels at COUNT steps of a direction from ``first`` on, or back from it, as stored; 0 beyond the ends."""
+    def _read_rows(x, first, length, direction, x_time, d, in_half, COUNT: tl.constexpr):
+        """Channels at COUNT steps of a direction from ``first`` on, as stored; 0 beyond the ends."""
         rows = ()
         for i in tl.static_range(COUNT):
-            step = first - i if BACK else first + i
+            step = first + i
             inside = in_half & (step >= 0) & (step < length)
             rows = rows + (tl.load(x + _place(step, length, direction) * x_time + d, mask=inside, other=0.0),)
         return rows
@@ -1068,9 +1072,9 @@ if triton is not None:
     @triton.jit
     def _window(x, first, length, direction, x_time, d, in_half, TAPS: tl.constexpr):
         """The TAPS - 1 inputs before step ``first``, newest first."""
-        rows, window = _read_rows(x, first - 1, length, direction, x_time, d, in_half, TAPS - 1, True), ()
+        rows, window = _read_rows(x, first - (TAPS - 1), length, direction, x_time, d, in_half, TAPS - 1), ()
         for i in tl.static_range(TAPS - 1):
-            window = window + (rows[i].to(tl.float32),)
+            window = (rows[i].to(tl.float32),) + window
         return window
 
     @triton.jit
@@ -1090,9 +1094,10 @@ if triton is not None:
         x, out = x + batch * x_batch, out + batch * length * channels
         taps, bias_d = _taps(weight, d, in_half, TAPS), tl.load(bias + d, mask=in_half, other=0.0)
         window = _window(x, first, length, direction, x_time, d, in_half, TAPS)
-        end, rows = first + TOKENS, _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD, False)
+        end = tl.minimum(first + TOKENS, length)
+        rows = _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD)
         for start in range(first, end, AHEAD):
-            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD, False)
+            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD)
             for i in tl.static_range(AHEAD):
                 window = (rows[i].to(tl.float32),) + window
                 total = _filter(taps, window, bias_d, TAPS)
@@ -1117,11 +1122,11 @@ if triton is not None:
         for _back in tl.static_range(1, TAPS):
             dtotals, dtaps = dtotals + (zero,), dtaps + (zero,)
         end = tl.minimum(first + TOKENS, length)
-        rows = _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD, False)
-        douts = _read_rows(dout, first, length, direction, dout_time, d, in_half, AHEAD, False)
+        rows = _read_rows(x, first, length, direction, x_time, d, in_half, AHEAD)
+        douts = _read_rows(dout, first, length, direction, dout_time, d, in_half, AHEAD)
         for start in range(first, end + TAPS - 1, AHEAD):
-            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD, False)
-            douts_ahead = _read_rows(dout, start + AHEAD, length, direction, dout_time, d, in_half, AHEAD, False)
+            ahead = _read_rows(x, start + AHEAD, length, direction, x_time, d, in_half, AHEAD)
+            douts_ahead = _read_rows(dout, start + AHEAD, length, direction, dout_time, d, in_half, AHEAD)
             for i in tl.static_range(AHEAD):
                 step = start + i
                 window = (rows[i].to(tl.float32),) + window
