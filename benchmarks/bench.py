@@ -140,7 +140,9 @@ def scan_error_row(backend: str, *shape: int) -> dict:
         inputs = scan_inputs(torch.bfloat16, *shape, seed)
         exact = [t.detach().double().requires_grad_() for t in inputs]
         truth = run_scan(exact, "torch")
-        weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
+        # Of a seed of their own: from the inputs' seed they would be u, some steps later.
+        generator = torch.Generator().manual_seed(SEEDS + seed)
+        weights = torch.randn(truth.shape, generator=generator).to(DEVICE, torch.bfloat16)
         truths = (truth, *torch.autograd.grad(truth, exact, weights.double()))
         y = run_scan(inputs, backend)
         values = (y, *torch.autograd.grad(y, inputs, weights))
