@@ -74,14 +74,14 @@ def selective_scan(
         RuntimeError: the backend cannot run here; the message says what is missing.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional)
-    name = _backend_for(backend, u.device)
+    name = backend_for(backend, u.device)
     # Autocast would turn the read-out of the state into a bfloat16 product.
     with torch.autocast(u.device.type, enabled=False):
         return BACKENDS[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional)
 
 
 @torch.compiler.assume_constant_result  # what it asks of the machine would cut a compiled model into pieces
-def _backend_for(asked: str | None, device: torch.device) -> str:
+def backend_for(asked: str | None, device: torch.device) -> str:
     """The backend to take; RuntimeError if it does not run on ``device``. Compiled code keeps what it was once told."""
     name = asked or _chosen["backend"]
     if name == "auto":
@@ -144,7 +144,7 @@ def causal_conv(
         )
     if bidirectional and channels % 2:
         raise ValueError(f"causal_conv: two directions need an even number of channels, got {channels}")
-    name = _backend_for(backend, x.device)
+    name = backend_for(backend, x.device)
     with torch.autocast(x.device.type, enabled=False):
         if name != "triton":
             return _conv_torch(x, weight, bias, bidirectional)
@@ -205,7 +205,7 @@ def mamba_inner(
     _expect("mamba_inner", expected)
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
     with torch.autocast(xz.device.type, enabled=False):
-        if _backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64:
+        if backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64:
             A, D, conv_weight, conv_bias, dt_bias = (t.float() for t in (A, D, conv_weight, conv_bias, dt_bias))
             inputs = (xz.contiguous(), conv_weight.contiguous(), conv_bias, x_proj, dt_proj, A, D, dt_bias)
             return _triton_inner(*inputs, bidirectional, _gradients_wanted(inputs))[0]
@@ -913,11 +913,12 @@ if triton is not None:
     # States read ahead; registers of a thread, so that all warps of the training step find room at once.
     FORWARD = {"AHEAD": 2, "maxnreg": 128}
 
-    def _sum(parts: Tensor) -> Tensor:
+    def sum_rows(parts: Tensor) -> Tensor:
         """parts.sum(0) of a contiguous float32 tensor, where PyTorch's own takes three times as long."""
         total = parts.new_empty(parts.shape[1:])
         if total.numel():
-            _sum_kernel[(triton.cdiv(total.numel(), 32),)](parts, total, len(parts), total.numel(), ROWS=16, COLUMNS=32)
+            grid = (triton.cdiv(total.numel(), 16),)
+            _sum_kernel[grid](parts, total, len(parts), total.numel(), ROWS=128, COLUMNS=16)
         return total
 
     def _blocks(A: Tensor, B: Tensor) -> int:
@@ -990,7 +991,7 @@ if triton is not None:
                 dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
                 BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
             )  # fmt: skip
-        return du, ddelta, _sum(dA).t().contiguous(), _sum(dD), _sum(dbias)
+        return du, ddelta, sum_rows(dA).t().contiguous(), sum_rows(dD), sum_rows(dbias)
 
     INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
     GRADIENTS = ", ".join(["Tensor"] * 8)
@@ -1174,7 +1175,7 @@ if triton is not None:
         dweight, dbias = weight.new_empty(parts, *weight.shape), bias.new_empty(parts, *bias.shape)
         tensors = (dout, x, weight, bias, dx, dweight, dbias)
         _launch_conv(_conv_backward_kernel, CONV_BACKWARD, x, weight, both, tensors, dout, x, dx)
-        return _sum(dweight), _sum(dbias)
+        return sum_rows(dweight), sum_rows(dbias)
 
     @torch.library.custom_op(
         "mamba_ginr::causal_conv", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, bool both) -> Tensor"
