@@ -74,7 +74,7 @@ def test_the_readme_quotes_the_results():
 
 @pytest.fixture
 def copy(tmp_path):
-    for name in (NOTEBOOK.name, "selective_scan.py", "run_notebook.py"):
+    for name in (NOTEBOOK.name, "fused.py", "selective_scan.py", "run_notebook.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -95,7 +95,7 @@ def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
     written = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     figures = ("mamba_ginr_super_resolution.png", "psnr_curves.png", "reconstructions.png", "results.json")
     assert written == {
-        *(NOTEBOOK.name, "selective_scan.py", "run_notebook.py", f"runs/{NOTEBOOK.name}"),
+        *(NOTEBOOK.name, "fused.py", "selective_scan.py", "run_notebook.py", f"runs/{NOTEBOOK.name}"),
         *(f"runs/small/figures/{name}" for name in figures),
         *(f"runs/small/checkpoints/mamba_ginr_{name}.pth" for name in ("best", "state")),
     }
