@@ -53,6 +53,23 @@ def run_script(script, tmp_path):
 
 
 @pytest.fixture
+def compiled_sizes(tmp_path):
+    """Run a program that compiles Triton kernels for a GPU that need not be here; returns the sizes it prints."""
+
+    def run(program: str) -> list[int]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+        # From a file, because Triton reads the source of what it compiles.
+        (tmp_path / "compile.py").write_text(program)
+        command = [sys.executable, str(tmp_path / "compile.py")]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        return [int(size) for size in process.stdout.split()]
+
+    return run
+
+
+@pytest.fixture
 def tiny(nb):
     """Build a model small enough for a test, always with the same weights."""
 
