@@ -321,7 +321,7 @@ if triton is not None:
                 dtotal, dnormed, total, weight, dx, dbranch, sums, rows, dim, eps,
                 STREAM=dtotal is not None, BRANCH=branch, DIM=triton.next_power_of_2(dim), **NORM_BACKWARD,
             )  # fmt: skip
-        return dx, dbranch, sum_rows(sums) if rows else total.new_zeros(3, dim)
+        return dx, dbranch, sum_rows(sums)
 
     @_add_norm.register_fake
     def _(x, branch, branch_bias, weight, bias, eps, dtype):
