@@ -208,7 +208,7 @@ def mamba_inner(
         if backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64:
             A, D, conv_weight, conv_bias, dt_bias = (t.float() for t in (A, D, conv_weight, conv_bias, dt_bias))
             inputs = (xz.contiguous(), conv_weight.contiguous(), conv_bias, x_proj, dt_proj, A, D, dt_bias)
-            return _triton_inner(*inputs, bidirectional, _gradients_wanted(inputs))[0]
+            return _triton_inner(*inputs, bidirectional, gradients_wanted(inputs))[0]
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv(x, conv_weight, conv_bias, bidirectional, backend)
         delta, B, C = F.linear(u, x_proj).split([rank, directions * d_state, directions * d_state], dim=-1)
@@ -354,7 +354,7 @@ def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectio
     u, delta, z, B, C = (None if t is None else _rows(t) for t in (u, delta, z, B, C))
     A, D, delta_bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    return _triton_scan(*inputs, delta_softplus, _gradients_wanted(inputs))[0]
+    return _triton_scan(*inputs, delta_softplus, gradients_wanted(inputs))[0]
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -362,7 +362,8 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _gradients_wanted(inputs: tuple) -> bool:
+def gradients_wanted(inputs: tuple) -> bool:
+    """Whether what a backward pass wants is to be kept."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
@@ -498,6 +499,9 @@ def _first_line(error: Exception) -> str:
 
 if triton is not None:
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+    # By so much is the exponent of a GPU's approximate 2ˣ too small on average where x is near 0, as in a long memory.
+    EXP2_SHORT = tl.constexpr(1.4e-8)
 
     @triton.jit
     def _softplus(x):
@@ -752,7 +756,7 @@ if triton is not None:
                     Bs, Cs = _spread(pair, COLUMNS, CHUNK)
                     sums = ()
                     for i in tl.static_range(CHUNK):
-                        h = tl.fma(tl.exp2(deltas[i] * A_n), h, writes[i] * Bs[i])
+                        h = tl.fma(tl.exp2(tl.fma(deltas[i], A_n, EXP2_SHORT)), h, writes[i] * Bs[i])
                         sums = sums + (ys[i] + h * Cs[i],)
                     ys = sums
                     tl.store(states + chunk * slot + (n + k) * channels, h, mask=in_half & (n + k < d_state))
@@ -776,7 +780,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["length", "batches"])
     def _backward_kernel(
-        dout, u, delta, A, pairs, D, z, delta_bias, states, scratch, du, ddelta, dz, dA, dpairs, dD, ddelta_bias,
+        dout, u, delta, A, pairs, D, z, delta_bias, states, scratch, du, ddelta, dz, dA, dpairs, dvectors,
         batches, dout_batch, dout_time, dz_batch, dz_time, length, half, d_state,
         u_batch, u_time, delta_batch, delta_time, z_batch, z_time,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -842,7 +846,7 @@ if triton is not None:
                 # Forwards through the chunk, as in the forward pass.
                 left, decays, sums, dCs = (), (), (), ()
                 for i in tl.static_range(CHUNK):
-                    decays = decays + (tl.exp2(deltas[i] * A_n),)
+                    decays = decays + (tl.exp2(tl.fma(deltas[i], A_n, EXP2_SHORT)),)
                     left = left + (decays[i] * h,)
                     h = left[i] + writes[i] * Bs[i]
                     sums, dCs = sums + (ys[i] + h * Cs[i],), dCs + (h * dys[i],)
@@ -902,11 +906,10 @@ if triton is not None:
             tl.store(du + place * channels, _tile_of(dus), mask=there)
             tl.debug_barrier()
 
-        # Sums over this image's time; (batch, ...).
-        if HAS_D:
-            tl.store(dD + batch * channels + d, dD_d, mask=in_half)
-        if HAS_BIAS:
-            tl.store(ddelta_bias + batch * channels + d, dbias_d, mask=in_half)
+        # Sums over this image's time, of D and of delta_bias: (batch, 2, channels).
+        dvectors += batch * 2 * channels + d
+        tl.store(dvectors, dD_d, mask=in_half)
+        tl.store(dvectors + channels, dbias_d, mask=in_half)
 
     # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
     SIZES = {"COLUMNS": 32, "CHUNK": 16}
@@ -917,8 +920,9 @@ if triton is not None:
         """parts.sum(0) of a contiguous float32 tensor, where PyTorch's own takes three times as long."""
         total = parts.new_empty(parts.shape[1:])
         if total.numel():
-            grid = (triton.cdiv(total.numel(), 16),)
-            _sum_kernel[grid](parts, total, len(parts), total.numel(), ROWS=128, COLUMNS=16)
+            columns = 8 if total.numel() < 4096 else 16  # so that few columns, too, are shared by many programs
+            grid = (triton.cdiv(total.numel(), columns),)
+            _sum_kernel[grid](parts, total, len(parts), total.numel(), ROWS=128, COLUMNS=columns)
         return total
 
     def _blocks(A: Tensor, B: Tensor) -> int:
@@ -969,32 +973,31 @@ if triton is not None:
 
     def _scan_backward(
         dout: Tensor, states: Tensor, inputs, softplus: bool, dz: Tensor, dBC: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Gradients of u, delta (their dtype), A, D and delta_bias (float32).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of u, delta (their dtype) and A, and of D and delta_bias in one (2, channels), float32.
 
         That of z goes to ``dz``; those of B and C go to ``dBC`` (batch, length, 2 · directions · d_state), B's first.
         """
-        u, delta, A, B, _C, D, _z, delta_bias = inputs
+        u, delta, A, B, *_ = inputs
         (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
         du, ddelta = (_room_for(t, u) for t in (u, delta))
         empty = u.numel() == 0  # no kernel runs to fill what is summed up below
         new = A.new_zeros if empty else A.new_empty
-        dA, scratch = new(batch, d_state, channels), new(2, batch, d_state, channels)
-        dD, dbias = (new(batch, 0 if t is None else channels) for t in (D, delta_bias))
+        dA, dvectors = new(batch, d_state, channels), new(batch, 2, channels)
         if not empty:
             blocks, chunks, chunk = _blocks(A, B), _chunks(u), SIZES["CHUNK"]
+            scratch = A.new_empty(2, batch, d_state, channels)
             dpairs = A.new_empty(blocks, batch, directions, chunks, d_state, 2 * chunk)
             strides = (batch, *dout.stride()[:2], *(dz.stride()[:2] if dz.numel() else (0, 0)))
-            after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dD, dbias), triton.next_power_of_2(d_state)
+            after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dvectors), triton.next_power_of_2(d_state)
             _launch(_backward_kernel, (dout,), inputs, after, strides, softplus)
             _unpack_kernel[chunks, directions, batch](
                 dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
                 BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
             )  # fmt: skip
-        return du, ddelta, sum_rows(dA).t().contiguous(), sum_rows(dD), sum_rows(dbias)
+        return du, ddelta, sum_rows(dA).t().contiguous(), sum_rows(dvectors)
 
     INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-    GRADIENTS = ", ".join(["Tensor"] * 8)
 
     @torch.library.custom_op(
         "mamba_ginr::selective_scan",
@@ -1007,14 +1010,17 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::selective_scan_backward",
         mutates_args=(),
-        schema=f"(Tensor dout, Tensor states, {INPUTS}, bool softplus) -> ({GRADIENTS})",
+        schema=(
+            f"(Tensor dout, Tensor states, {INPUTS}, bool softplus)"
+            " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        ),
     )
     def _triton_scan_backward(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
         dz, inputs = _room_for(z, u), (u, delta, A, B, C, D, z, delta_bias)
         dBC = B.new_zeros(*B.shape[:2], 2 * B.shape[2] * B.shape[3], dtype=torch.float32)
-        du, ddelta, dA, dD, dbias = _scan_backward(dout, states, inputs, softplus, dz, dBC)
+        du, ddelta, dA, dvectors = _scan_backward(dout, states, inputs, softplus, dz, dBC)
         dB, dC = dBC.unflatten(-1, (2, *B.shape[2:])).unbind(2)
-        return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dD, dz, dbias
+        return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dz, dvectors
 
     @_triton_scan.register_fake
     def _(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
@@ -1022,7 +1028,7 @@ if triton is not None:
 
     @_triton_scan_backward.register_fake
     def _(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
-        return tuple(_room_for(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
+        return *(_room_for(t, u) for t in (u, delta, A, B, C, z)), A.new_empty(2, len(A))
 
     def _save_inputs(ctx, inputs, output) -> None:
         """For operators that take (tensors ..., a flag, keep) and return y and what their backward pass wants."""
@@ -1032,7 +1038,8 @@ if triton is not None:
 
     def _gradients(ctx, dout: Tensor, _dstates):
         states, *tensors = ctx.saved_tensors
-        gradients = _triton_scan_backward(_rows(dout), states, *tensors, ctx.flag)
+        *of_tensors, dz, (dD, dbias) = _triton_scan_backward(_rows(dout), states, *tensors, ctx.flag)
+        gradients = (*of_tensors, dD, dz, dbias)
         return *(None if t is None else g for t, g in zip(tensors, gradients)), None, None
 
     _triton_scan.register_autograd(_gradients, setup_context=_save_inputs)
@@ -1110,7 +1117,7 @@ if triton is not None:
 
     @triton.jit
     def _conv_backward_kernel(
-        dout, x, weight, bias, dx, dweight, dbias, length, half, channels,
+        dout, x, weight, bias, dx, parts, length, half, channels,
         dout_batch, dout_time, x_batch, x_time, dx_batch, dx_time,
         TAPS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
@@ -1147,9 +1154,11 @@ if triton is not None:
                 mask = in_half & (to >= first) & (to < end)
                 tl.store(dx + _place(to, length, direction) * dx_time + d, dx_t.to(dx.dtype.element_ty), mask=mask)
             rows, douts = ahead, douts_ahead
-        tl.store(dbias + part * channels + d, dbias_d, mask=in_half)
+        # Sums of this part: those of the taps (channels, TAPS), then those of the bias (channels,).
+        parts += part * channels * (TAPS + 1)
         for back in tl.static_range(TAPS):
-            tl.store(dweight + (part * channels + d) * TAPS + (TAPS - 1 - back), dtaps[back], mask=in_half)
+            tl.store(parts + d * TAPS + (TAPS - 1 - back), dtaps[back], mask=in_half)
+        tl.store(parts + channels * TAPS + d, dbias_d, mask=in_half)
 
     CONV_FORWARD = {"COLUMNS": 64, "TOKENS": 128, "AHEAD": 4}
     CONV_BACKWARD = {"COLUMNS": 64, "TOKENS": 128, "AHEAD": 2}
@@ -1169,13 +1178,17 @@ if triton is not None:
         _launch_conv(_conv_forward_kernel, CONV_FORWARD, x, weight, both, (x, weight, bias, out), x)
         return out
 
-    def _conv_backward(dout, x, weight, bias, both, dx) -> tuple[Tensor, Tensor]:
-        """Gradients of weight and bias; that of x goes to ``dx``."""
-        parts = x.shape[0] * triton.cdiv(x.shape[1], CONV_BACKWARD["TOKENS"])
-        dweight, dbias = weight.new_empty(parts, *weight.shape), bias.new_empty(parts, *bias.shape)
-        tensors = (dout, x, weight, bias, dx, dweight, dbias)
+    def _conv_backward(dout, x, weight, bias, both, dx) -> Tensor:
+        """Gradients of weight and bias one after the other, see ``_taps_and_bias``; that of x goes to ``dx``."""
+        programs = x.shape[0] * triton.cdiv(x.shape[1], CONV_BACKWARD["TOKENS"])
+        parts = weight.new_empty(programs, weight.numel() + bias.numel())
+        tensors = (dout, x, weight, bias, dx, parts)
         _launch_conv(_conv_backward_kernel, CONV_BACKWARD, x, weight, both, tensors, dout, x, dx)
-        return sum_rows(dweight), sum_rows(dbias)
+        return sum_rows(parts)
+
+    def _taps_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        taps, bias = sums.split([weight.numel(), len(weight)])
+        return taps.view_as(weight), bias
 
     @torch.library.custom_op(
         "mamba_ginr::causal_conv", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, bool both) -> Tensor"
@@ -1186,11 +1199,11 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::causal_conv_backward",
         mutates_args=(),
-        schema="(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool both) -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool both) -> (Tensor, Tensor)",
     )
     def _triton_conv_backward(dout, x, weight, bias, both):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return dx, *_conv_backward(dout, x, weight, bias, both, dx)
+        return dx, _conv_backward(dout, x, weight, bias, both, dx)
 
     @_triton_conv.register_fake
     def _(x, weight, bias, both):
@@ -1198,14 +1211,16 @@ if triton is not None:
 
     @_triton_conv_backward.register_fake
     def _(dout, x, weight, bias, both):
-        return _room_for(x, x), torch.empty_like(weight), torch.empty_like(bias)
+        return _room_for(x, x), weight.new_empty(weight.numel() + bias.numel())
 
     def _save_conv_inputs(ctx, inputs, output) -> None:
         *tensors, ctx.both = inputs
         ctx.save_for_backward(*tensors)
 
     def _conv_gradients(ctx, dout: Tensor):
-        return *_triton_conv_backward(_rows(dout), *ctx.saved_tensors, ctx.both), None
+        x, weight, bias = ctx.saved_tensors
+        dx, sums = _triton_conv_backward(_rows(dout), x, weight, bias, ctx.both)
+        return dx, *_taps_and_bias(sums, weight), None
 
     _triton_conv.register_autograd(_conv_gradients, setup_context=_save_conv_inputs)
 
@@ -1240,21 +1255,25 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::inner_backward",
         mutates_args=(),
-        schema=f"(Tensor dy, Tensor states, Tensor u, Tensor small, Tensor xz, {WEIGHTS}) -> ({GRADIENTS})",
+        schema=(
+            f"(Tensor dy, Tensor states, Tensor u, Tensor small, Tensor xz, {WEIGHTS})"
+            " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        ),
     )
     def _triton_inner_backward(dy, states, u, small, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
+        """Gradients of xz, taps and bias of the convolution in one, x_proj, dt_proj, A, and D and dt_bias in one."""
         (x, z), (delta, B, C) = xz.chunk(2, dim=-1), _cut(small, dt_proj, A)
         dxz, dsmall, rank = torch.empty_like(xz), torch.empty_like(small), dt_proj.shape[1]
         dx, dz = dxz.chunk(2, dim=-1)
         scan = (u, delta, A, B, C, D, z, dt_bias)
-        du, ddelta, dA, dD, dbias = _scan_backward(dy, states, scan, True, dz, dsmall[..., rank:])
+        du, ddelta, dA, dvectors = _scan_backward(dy, states, scan, True, dz, dsmall[..., rank:])
         rows, wide = dsmall.flatten(0, 1), du.flatten(0, 1)
         torch.mm(ddelta.flatten(0, 1), dt_proj, out=rows[:, :rank])
         dx_proj = rows.t() @ u.flatten(0, 1)
         ddt_proj = ddelta.flatten(0, 1).t() @ small.flatten(0, 1)[:, :rank]
         wide.addmm_(rows, x_proj)
-        dconv_weight, dconv_bias = _conv_backward(du, x, conv_weight, conv_bias, both, dx)
-        return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dA, dD, dbias
+        dconv = _conv_backward(du, x, conv_weight, conv_bias, both, dx)
+        return dxz, dconv, dx_proj, ddt_proj, dA, dvectors
 
     @_triton_inner.register_fake
     def _(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both, keep):
@@ -1263,9 +1282,13 @@ if triton is not None:
 
     @_triton_inner_backward.register_fake
     def _(dy, states, u, small, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
-        return tuple(torch.empty_like(t) for t in (xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias))
+        dxz, dx_proj, ddt_proj, dA = (torch.empty_like(t) for t in (xz, x_proj, dt_proj, A))
+        dconv = conv_weight.new_empty(conv_weight.numel() + conv_bias.numel())
+        return dxz, dconv, dx_proj, ddt_proj, dA, A.new_empty(2, len(A))
 
     def _inner_gradients(ctx, dy: Tensor, *_kept):
-        return *_triton_inner_backward(_rows(dy), *ctx.saved_tensors, ctx.flag), None, None
+        _states, _u, _small, _xz, conv_weight, *_ = ctx.saved_tensors
+        dxz, dconv, *others, (dD, dbias) = _triton_inner_backward(_rows(dy), *ctx.saved_tensors, ctx.flag)
+        return dxz, *_taps_and_bias(dconv, conv_weight), *others, dD, dbias, None, None
 
     _triton_inner.register_autograd(_inner_gradients, setup_context=_save_inputs)

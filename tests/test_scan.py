@@ -420,7 +420,7 @@ import selective_scan as scan
 flags = dict(HAS_D=True, HAS_Z=True, HAS_BIAS=True, SOFTPLUS=True, MASKED=True)
 sizes = dict(DIRECTIONS=2, BLOCK_N=16, **scan.SIZES)
 packing = dict(BLOCK_N=16, CHUNK=scan.SIZES["CHUNK"])
-float32 = "A D delta_bias pairs states scratch dA dpairs dD ddelta_bias weight bias dweight dbias parts total".split()
+float32 = "A D delta_bias pairs states scratch dA dpairs dvectors weight bias parts total".split()
 bfloat16 = "dout u delta B C z out du ddelta dz dBC x dx".split()
 kernels = [
     (scan._pack_kernel, packing),
