@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selective_scan import backend_for, triton
+from selective_scan import backend_for, gradients_wanted, triton
 
 if triton is not None:
     import triton.language as tl
@@ -55,7 +55,8 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, activation: str) -> tupl
     with torch.autocast(x.device.type, enabled=False):
         if _fused(x, dtype):
             rows, weight1, weight2 = (t.contiguous() for t in (x.flatten(0, -2), weight1, weight2))
-            product = _mlp(rows, weight1, first.bias.float(), weight2, activation == "gelu")[0]
+            inputs = (rows, weight1, first.bias.float(), weight2)
+            product = _mlp(*inputs, activation == "gelu", gradients_wanted(inputs))[0]
             return product.unflatten(0, x.shape[:-1]), second.bias
         hidden = ACTIVATIONS[activation](F.linear(x, weight1, first.bias.to(dtype)))
         return F.linear(hidden, weight2), second.bias
@@ -103,7 +104,7 @@ if triton is not None:
     ):  # fmt: skip
         """A tile of a · weight (rows, columns), and what follows it.
 
-        Forwards: ``activated`` = activation(product + bias), and ``kept`` what was before it, for GELU.
+        Forwards: ``activated`` = activation(product + bias), and ``kept``, if there is one, what was before it.
         Backwards: ``dhidden`` = product · derivative, its sum over the tile's rows into ``dbias``, and for GELU
         ``activated`` once more from ``kept``; for ReLU ``kept`` is what was activated.
         """
@@ -128,8 +129,9 @@ if triton is not None:
 
         if not BACKWARD:
             h = (product + tl.load(bias + column, mask=column < columns, other=0.0)[None, :]).to(a.dtype.element_ty)
-            if GELU:
+            if kept is not None:
                 tl.store(kept + place, h, mask=there)
+            if GELU:
                 h = _gelu(h.to(tl.float32))[0].to(a.dtype.element_ty)
             else:
                 h = tl.maximum(h, 0.0)
@@ -155,7 +157,7 @@ if triton is not None:
         False: {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3},
     }
     BACKWARD = {
-        True: {"ROWS": 64, "COLUMNS": 64, "INNER": 64, "num_warps": 4, "num_stages": 3},
+        True: {"ROWS": 32, "COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3},
         False: {"ROWS": 64, "COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3},
     }
 
@@ -168,14 +170,15 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::mlp",
         mutates_args=(),
-        schema="(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, bool gelu) -> (Tensor, Tensor)",
+        schema="(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, bool gelu, bool keep) -> (Tensor, Tensor)",
     )
-    def _mlp(x, weight1, bias1, weight2, gelu):
-        """The output (rows, outputs), and what the backward pass wants (rows, hidden): before GELU, or after ReLU."""
+    def _mlp(x, weight1, bias1, weight2, gelu, keep):
+        """The output (rows, outputs), and, if ``keep``, what the backward pass wants: before GELU, or after ReLU."""
         activated = x.new_empty(len(x), len(weight1))
-        kept = torch.empty_like(activated) if gelu else activated
-        tensors = (bias1, kept, activated, None, None)
+        before = torch.empty_like(activated) if gelu and keep else None
+        tensors = (bias1, before, activated, None, None)
         _launch(FORWARD[gelu], x, weight1, (1, x.shape[1]), len(weight1), *tensors, GELU=gelu, BACKWARD=False)
+        kept = (before if gelu else activated) if keep else x.new_empty(0)
         return activated @ weight2.t(), kept
 
     @torch.library.custom_op(
@@ -195,8 +198,8 @@ if triton is not None:
         return dhidden @ weight1, dhidden.t() @ x, sum_rows(dbias), dy.t() @ activated
 
     @_mlp.register_fake
-    def _(x, weight1, bias1, weight2, gelu):
-        return x.new_empty(len(x), len(weight2)), x.new_empty(len(x), len(weight1))
+    def _(x, weight1, bias1, weight2, gelu, keep):
+        return x.new_empty(len(x), len(weight2)), x.new_empty(*((len(x), len(weight1)) if keep else (0,)))
 
     @_mlp_backward.register_fake
     def _(dy, kept, x, weight1, weight2, gelu):
@@ -204,13 +207,13 @@ if triton is not None:
         return torch.empty_like(x), torch.empty_like(weight1), bias1, torch.empty_like(weight2)
 
     def _save(ctx, inputs, output) -> None:
-        x, weight1, _bias1, weight2, ctx.gelu = inputs
+        x, weight1, _bias1, weight2, ctx.gelu, _keep = inputs
         ctx.save_for_backward(output[1], x, weight1, weight2)
         ctx.set_materialize_grads(False)
 
     def _gradients(ctx, dy: Tensor, _dkept):
         dx, dweight1, dbias1, dweight2 = _mlp_backward(dy.contiguous(), *ctx.saved_tensors, ctx.gelu)
-        return dx, dweight1, dbias1, dweight2, None
+        return dx, dweight1, dbias1, dweight2, None, None
 
     _mlp.register_autograd(_gradients, setup_context=_save)
 
@@ -248,7 +251,7 @@ if triton is not None:
 
     @triton.jit
     def _norm_backward_kernel(
-        dtotal, dnormed, total, weight, dx, dbranch, sums, rows, dim, eps,
+        dtotal, dnormed, total, weight, dx, sums, rows, dim, eps,
         STREAM: tl.constexpr, BRANCH: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
         """Of a program's rows; ``sums`` (programs, 3, dim) are those of weight, bias and branch_bias."""
@@ -261,7 +264,7 @@ if triton is not None:
             stream = tl.load(total + at, mask=there, other=0.0)
             dy = tl.load(dnormed + at, mask=there, other=0.0).to(tl.float32)
             if STREAM:
-                own = tl.load(dtotal + at, mask=there, other=0.0)
+                own = tl.load(dtotal + at, mask=there, other=0.0).to(tl.float32)
             normalised, scale = _normalise(stream, there, dim, eps)
             dweight += dy * normalised
             dbias += dy
@@ -270,9 +273,8 @@ if triton is not None:
             gradient = scale * (dy - tl.sum(dy, 1, keep_dims=True) / dim - normalised * along)
             if STREAM:
                 gradient += own
-            tl.store(dx + at, gradient, mask=there)
+            tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=there)
             if BRANCH:
-                tl.store(dbranch + at, gradient.to(dbranch.dtype.element_ty), mask=there)
                 dbranch_bias += tl.where(there, gradient, 0.0)
         sums += tl.program_id(0) * 3 * dim + tl.arange(0, DIM)
         inside = tl.arange(0, DIM) < dim
@@ -306,22 +308,20 @@ if triton is not None:
         "mamba_ginr::add_norm_backward",
         mutates_args=(),
         schema=(
-            "(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor weight, float eps, bool branch)"
-            " -> (Tensor, Tensor, Tensor)"
+            "(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor weight, float eps, bool branch) -> (Tensor, Tensor)"
         ),
     )
     def _add_norm_backward(dtotal, dnormed, total, weight, eps, branch):
-        """Gradients of x, of branch (in the dtype of ``dnormed``; empty without one), and of the three vectors."""
-        (rows, dim), dx = total.shape, torch.empty_like(total)
-        dbranch = torch.empty_like(dnormed) if branch else dnormed.new_empty(0)
+        """The gradient of x and of branch alike, in the dtype of dtotal and dnormed, and those of the three vectors."""
+        (rows, dim), dx = total.shape, torch.empty_like(dnormed)
         programs = min(PROGRAMS, triton.cdiv(rows, NORM_BACKWARD["ROWS"]))
         sums = total.new_empty(programs, 3, dim)
         if rows:
             _norm_backward_kernel[(programs,)](
-                dtotal, dnormed, total, weight, dx, dbranch, sums, rows, dim, eps,
+                dtotal, dnormed, total, weight, dx, sums, rows, dim, eps,
                 STREAM=dtotal is not None, BRANCH=branch, DIM=triton.next_power_of_2(dim), **NORM_BACKWARD,
             )  # fmt: skip
-        return dx, dbranch, sum_rows(sums)
+        return dx, sum_rows(sums)
 
     @_add_norm.register_fake
     def _(x, branch, branch_bias, weight, bias, eps, dtype):
@@ -329,8 +329,7 @@ if triton is not None:
 
     @_add_norm_backward.register_fake
     def _(dtotal, dnormed, total, weight, eps, branch):
-        dbranch = torch.empty_like(dnormed) if branch else dnormed.new_empty(0)
-        return torch.empty_like(total), dbranch, total.new_empty(3, total.shape[1])
+        return torch.empty_like(dnormed), total.new_empty(3, total.shape[1])
 
     def _save_norm(ctx, inputs, output) -> None:
         _x, branch, _branch_bias, weight, _bias, ctx.eps, _dtype = inputs
@@ -339,9 +338,11 @@ if triton is not None:
         ctx.set_materialize_grads(False)
 
     def _norm_gradients(ctx, dtotal, dnormed):
-        dtotal = None if dtotal is None else dtotal.contiguous()
-        dx, dbranch, sums = _add_norm_backward(dtotal, dnormed.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.branch)
+        # The stream's gradient goes from layer to layer in the dtype of the products, as all other gradients do; in
+        # float32 in between, because autograd wants it so, and the compiler leaves the two casts out.
+        dtotal = None if dtotal is None else dtotal.to(dnormed.dtype).contiguous()
+        dx, sums = _add_norm_backward(dtotal, dnormed.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.branch)
         dweight, dbias, dbranch_bias = sums
-        return dx, *((dbranch, dbranch_bias) if ctx.branch else (None, None)), dweight, dbias, None, None
+        return dx.float(), *((dx, dbranch_bias) if ctx.branch else (None, None)), dweight, dbias, None, None
 
     _add_norm.register_autograd(_norm_gradients, setup_context=_save_norm)

@@ -89,6 +89,20 @@ def test_mlp_in_float32_is_pytorchs_own(activation):
     check_mlp((33, 40, 72, 24), activation, torch.float32)
 
 
+@needs_triton
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_an_mlp_keeps_nothing_where_no_gradient_is_asked_for(triton_backend, monkeypatch, activation):
+    kept, operator = [], fused._mlp
+    monkeypatch.setattr(fused, "_mlp", lambda *a: kept.append(operator(*a)) or kept[-1])
+    layers = [layer.to(DEVICE, torch.float32) for layer in perceptron(5, 3, 2, torch.float16)]
+    x, outputs = seeded(4, 5).to(DEVICE, torch.float16), []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), torch.autocast(DEVICE, torch.float16):
+            outputs.append(mlp(x, *layers, activation)[0])
+    assert torch.equal(*outputs)
+    assert [t.shape for _, t in kept] == [(0,), (4, 3)]
+
+
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="unknown activation 'tanh'; choose one of: relu, gelu"):
         mlp(torch.ones(1, 2), nn.Linear(2, 2), nn.Linear(2, 2), "tanh")
@@ -178,7 +192,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import fused
 
-KINDS = dict(x="*fp32", total="*fp32", dtotal="*fp32", dx="*fp32", bias="*fp32", branch_bias="*fp32", sums="*fp32")
+KINDS = dict(x="*fp32", total="*fp32", bias="*fp32", branch_bias="*fp32", sums="*fp32")
 KINDS |= dict(dbias="*fp32", eps="fp32", rows="i32", inner="i32", columns="i32", dim="i32")
 
 
@@ -192,6 +206,7 @@ for gelu in (True, False):
     for backward, sizes in ((False, fused.FORWARD[gelu]), (True, fused.BACKWARD[gelu])):
         tile = {n: sizes[n] for n in ("ROWS", "COLUMNS", "INNER")}
         absent = dict(bias=None) if backward else dict(dhidden=None, dbias=None)
+        absent |= {} if backward or gelu else dict(kept=None)
         strides = dict(weight_k=512, weight_n=1) if backward else dict(weight_k=1, weight_n=512)
         flags = dict(GELU=gelu, BACKWARD=backward)
         options = dict(num_warps=sizes["num_warps"], num_stages=sizes["num_stages"])
