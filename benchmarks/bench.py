@@ -202,29 +202,28 @@ def throughput_row(precision: str, batch: int, size: int) -> dict:
     return {"encode_images_per_s": 1000 * batch / encode, "decode_images_per_s": 1000 * batch / decode}
 
 
-class AttentionBlock(nn.Module):
-    """The notebook's block with self-attention of the same width in place of BiMamba."""
+class Attention(nn.Module):
+    """Self-attention where the notebook's blocks have BiMamba: (B, L, dim) → (B, L, dim), and its bias."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.feed_forward(self.norm2(x))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.linear(y, self.out.weight), self.out.bias
 
 
 def growth_row(kind: str, length: int, batch: int, dim: int, depth: int) -> dict:
     """An encoder alone on random tokens, forward and backward: float16 autocast on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
-    if kind == "mamba":
-        encoder = notebook().MambaEncoder(dim, depth).to(DEVICE)
-    else:
-        encoder = nn.Sequential(*(AttentionBlock(dim, dim // 32) for _ in range(depth)), nn.LayerNorm(dim)).to(DEVICE)
+    encoder = notebook().MambaEncoder(dim, depth)
+    if kind == "attention":
+        for block in encoder.blocks:
+            block.mixer = Attention(dim, dim // 32)
+    encoder.to(DEVICE)
     tokens = torch.randn(batch, length, dim, device=DEVICE, requires_grad=True)
 
     def forward():
