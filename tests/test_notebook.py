@@ -58,8 +58,11 @@ def test_every_code_cell_has_prose_before_it_and_no_magics():
         assert not re.search(r"^\s*[%!]", cell["source"], re.MULTILINE)
 
 
-def test_the_readme_quotes_the_results():
+def test_the_readme_and_the_notebook_quote_the_results():
     readme, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "figures/results.json").read_text())
+    reading = notebook_cells("markdown")[-1]["source"]
+    for text in ("{psnr_mean:.2f} dB,", "stands at {psnr_worst:.2f} dB", "{bit_exact_share:.0%} of the images"):
+        assert text.format(**results) in reading.replace(" %", "%"), text
     for name, digits in [
         ("psnr_mean", 2),
         ("psnr_of_mean_mse", 2),
