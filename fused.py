@@ -71,7 +71,8 @@ def add_norm(x: Tensor, branch: tuple[Tensor, Tensor] | None, norm: nn.LayerNorm
         norm: over the last dimension.
 
     Returns:
-        (..., dim) in float32, and (..., dim) in the dtype of autocast, or float32.
+        (..., dim) in float32, and (..., dim) in the dtype of autocast, or float32. Where the kernels run, the stream's
+        gradient is rounded to the dtype of autocast, too.
     """
     dtype = _autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -252,7 +253,7 @@ if triton is not None:
     @triton.jit
     def _norm_backward_kernel(
         dtotal, dnormed, total, weight, dx, sums, rows, dim, eps,
-        STREAM: tl.constexpr, BRANCH: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+        STREAM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
         """Of a program's rows; ``sums`` (programs, 3, dim) are those of weight, bias and branch_bias."""
         column = tl.arange(0, DIM)[None, :]
@@ -274,8 +275,7 @@ if triton is not None:
             if STREAM:
                 gradient += own
             tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=there)
-            if BRANCH:
-                dbranch_bias += tl.where(there, gradient, 0.0)
+            dbranch_bias += tl.where(there, gradient, 0.0)
         sums += tl.program_id(0) * 3 * dim + tl.arange(0, DIM)
         inside = tl.arange(0, DIM) < dim
         tl.store(sums, tl.sum(dweight, 0), mask=inside)
@@ -307,11 +307,9 @@ if triton is not None:
     @torch.library.custom_op(
         "mamba_ginr::add_norm_backward",
         mutates_args=(),
-        schema=(
-            "(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor weight, float eps, bool branch) -> (Tensor, Tensor)"
-        ),
+        schema="(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor weight, float eps) -> (Tensor, Tensor)",
     )
-    def _add_norm_backward(dtotal, dnormed, total, weight, eps, branch):
+    def _add_norm_backward(dtotal, dnormed, total, weight, eps):
         """The gradient of x and of branch alike, in the dtype of dtotal and dnormed, and those of the three vectors."""
         (rows, dim), dx = total.shape, torch.empty_like(dnormed)
         programs = min(PROGRAMS, triton.cdiv(rows, NORM_BACKWARD["ROWS"]))
@@ -319,7 +317,7 @@ if triton is not None:
         if rows:
             _norm_backward_kernel[(programs,)](
                 dtotal, dnormed, total, weight, dx, sums, rows, dim, eps,
-                STREAM=dtotal is not None, BRANCH=branch, DIM=triton.next_power_of_2(dim), **NORM_BACKWARD,
+                STREAM=dtotal is not None, DIM=triton.next_power_of_2(dim), **NORM_BACKWARD,
             )  # fmt: skip
         return dx, sum_rows(sums)
 
@@ -328,7 +326,7 @@ if triton is not None:
         return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
 
     @_add_norm_backward.register_fake
-    def _(dtotal, dnormed, total, weight, eps, branch):
+    def _(dtotal, dnormed, total, weight, eps):
         return torch.empty_like(dnormed), total.new_empty(3, total.shape[1])
 
     def _save_norm(ctx, inputs, output) -> None:
@@ -341,7 +339,7 @@ if triton is not None:
         # The stream's gradient goes from layer to layer in the dtype of the products, as all other gradients do; in
         # float32 in between, because autograd wants it so, and the compiler leaves the two casts out.
         dtotal = None if dtotal is None else dtotal.to(dnormed.dtype).contiguous()
-        dx, sums = _add_norm_backward(dtotal, dnormed.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.branch)
+        dx, sums = _add_norm_backward(dtotal, dnormed.contiguous(), *ctx.saved_tensors, ctx.eps)
         dweight, dbias, dbranch_bias = sums
         return dx.float(), *((dx, dbranch_bias) if ctx.branch else (None, None)), dweight, dbias, None, None
 

@@ -217,7 +217,7 @@ for branch in (True, False):
     absent = {} if branch else dict(branch=None, branch_bias=None)
     flags = dict(BRANCH=branch, ROWS=forward["ROWS"], DIM=256)
     print(size(fused._norm_forward_kernel, {**flags, **absent}, num_warps=forward["num_warps"]))
-    flags = dict(STREAM=branch, BRANCH=branch, ROWS=backward["ROWS"], DIM=256)
+    flags = dict(STREAM=branch, ROWS=backward["ROWS"], DIM=256)
     print(size(fused._norm_backward_kernel, flags, num_warps=backward["num_warps"]))
 """
 
