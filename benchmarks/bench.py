@@ -179,7 +179,7 @@ def step_row(precision: str, compiled: bool, batch: int) -> dict:
     """A training step of the notebook, from uint8 images on the device to new weights."""
     left = torch.cuda.memory_allocated() / 2**20 if ON_GPU else 0.0  # cuBLAS keeps a workspace for each stream so far
     nb, model = build_model(precision)
-    step = nb.TrainingStep(model, nb.make_optimizer(model, 5e-4, 0.99, 1e-4), 1.0, compiled)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, 5e-4, 0.99, 1e-4), 1.0, compiled, decay=0.998)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     start = time.perf_counter()
     for _ in range(step.WARM_UP + 1):

@@ -17,7 +17,7 @@ from selective_scan import triton
 
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "BETA2": 0.99, "WEIGHT_DECAY": 1e-4,
-    "GRADIENT_CLIP": 1.0, "SEED": 0, "COMPILE": False,
+    "GRADIENT_CLIP": 1.0, "LOG_LOSS": True, "EMA_DECAY": 0.5, "SEED": 0, "COMPILE": False,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
 
@@ -300,6 +300,29 @@ def test_the_rate_of_a_step_is_the_one_asked_for(nb, tiny):
     assert step(images, 1e-3) < loss
 
 
+def test_what_is_evaluated_is_an_average_of_the_weights(nb, tiny):
+    model, images = tiny(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    expected = [p.detach().clone() for p in model.parameters()]
+    step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1.0, compiled=False, decay=0.75)
+    for _ in range(3):
+        step(images, 1e-2)
+        expected = [0.75 * e + 0.25 * p.detach() for e, p in zip(expected, model.parameters())]
+    assert all(torch.allclose(a, e, atol=1e-6) for a, e in zip(step.average.parameters(), expected))
+    assert not any(torch.equal(a, p) for a, p in zip(step.average.parameters(), model.parameters()))
+    assert not any(a.requires_grad for a in step.average.parameters())
+
+
+def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tiny):
+    images, losses, gradients = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), [], []
+    for log_loss in (False, True):
+        model = tiny()
+        step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1e9, False, log_loss)
+        losses.append(step(images, 0.0))
+        gradients.append([p.grad * (losses[-1] if log_loss else 1) for p in model.parameters()])
+    assert torch.equal(*losses)  # the MSE in both
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(*gradients))
+
+
 @pytest.mark.skipif(triton is None, reason="needs Triton")
 def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
     # Nothing is known of the machine yet, so that the scan is tried while the model is compiled.
@@ -313,12 +336,12 @@ def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
     model.precision = torch.bfloat16
     step = nb.TrainingStep(model, nb.make_optimizer(model, 1e-3, 0.99, 0.1), 1.0, compiled=False)
     losses, gradients = [], []
-    for loss_of in (
-        torch.compile(step.reconstruction_loss, backend="aot_eager", fullgraph=True),
-        step.reconstruction_loss,
+    for mse_of in (
+        torch.compile(step.reconstruction_mse, backend="aot_eager", fullgraph=True),
+        step.reconstruction_mse,
     ):
         model.zero_grad()
-        losses.append(loss_of(images))
+        losses.append(mse_of(images))
         losses[-1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert torch.equal(*losses)
@@ -531,11 +554,29 @@ def test_the_program_refuses_a_wrong_setting(run_script):
     assert "MAMBA_GINR_EPOCH is not a setting of this notebook" in process.stderr
 
 
-def test_a_small_run_does_not_write_beside_the_notebook(run_script, tmp_path):
-    process = run_script(SMALL=1, OUTPUT_DIR=".")
+@pytest.mark.parametrize("settings", [{"SMALL": 1}, {"SMALL": 0, "TRAIN": 0}], ids=["small", "pretrained"])
+def test_only_a_full_run_writes_beside_the_notebook(run_script, settings, tmp_path):
+    process = run_script(**settings, OUTPUT_DIR=".")
     assert process.returncode == 1
     assert "set OUTPUT_DIR to another folder" in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script, tmp_path):
+    write_images(tmp_path / "mine", {"train/a": 20, "test/a": 8})
+    settings = {"SMALL": 1, "TRAIN": 0, "DATASET": "folder", "DATA_DIR": "mine", "HELD_OUT": 4, "PRETRAINED": "its.pth"}
+    process = run_script(**settings)
+    assert process.returncode == 1
+    assert "its.pth does not exist" in process.stderr
+    nb.save_model(tmp_path / "its.pth", tiny(image_size=32, patch_size=8), {}, {"epoch": 7})
+    process = run_script(**settings)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "runs/pretrained/figures/results.json").read_text())
+    assert (results["best_epoch"], results["test_images"]) == (7, 8)
+    assert "epochs" not in results
+    assert "weights of its.pth" in process.stdout.strip().split("\n")[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "its.pth", "runs"}
+    assert not (tmp_path / "runs/pretrained/checkpoints").exists()
 
 
 def test_results_name_their_data(run_script, tmp_path):
