@@ -146,17 +146,18 @@ def test_grid_holds_pixel_centres_in_raster_order(nb):
 
 
 def test_patches_are_cut_in_raster_order(nb):
-    embedding = nb.PatchEmbedding(4, 2, 12, 1.0, 0)
+    embedding = nb.PatchEmbedding(4, 2, 12, pixel_scale=4.0, fourier_std=1.0, seed=0)
     embedding.to_token.weight.data = torch.eye(12)
     for layer in (embedding.to_token, embedding.to_position):
         torch.nn.init.zeros_(layer.bias)
     torch.nn.init.zeros_(embedding.to_position.weight)
     image = torch.arange(48.0).view(1, 3, 4, 4)
-    tokens = embedding(image)[0].view(4, 2, 2, 3)  # patch, row in it, column in it, channel
+    tokens = embedding(image / 255)[0].view(4, 2, 2, 3)  # patch, row in it, column in it, channel
+    image = (2 * image - 255) / 64  # 0 … 255 → −4 … 4
     for patch in range(4):
         row, column = divmod(patch, 2)
         expected = image[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0)
-        assert torch.equal(tokens[patch], expected)
+        assert torch.allclose(tokens[patch], expected, atol=1e-6)
 
 
 def test_bias_is_two_dimensional_and_in_units_of_a_patch(nb, tiny):
@@ -185,6 +186,41 @@ def test_fourier_features_of_a_known_frequency(nb):
     features.frequencies.copy_(torch.tensor([[2.0], [1.0]]))
     angle = 2 * math.pi * (2 * 0.3 + 0.9)
     assert features(torch.tensor([0.3, 0.9])).tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-5)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4, 6])
+def test_place_within_a_patch_is_linear_in_the_harmonics(nb, patch):
+    size = 12
+    harmonics = nb.patch_harmonics(patch, size)
+    assert harmonics.shape == (2, 2 * (patch // 2))
+    if patch == 1:
+        return  # one place only
+    features = nb.FourierFeatures(harmonics.shape[1], 1.0, 0, harmonics)(nb.pixel_grid(size)).double()
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+    row, column = torch.arange(size**2) // size % patch, torch.arange(size**2) % patch
+    wanted = torch.cat([F.one_hot(row, patch), F.one_hot(column, patch)], dim=1).double()
+    solution = torch.linalg.pinv(features, rtol=1e-4) @ wanted
+    assert (features @ solution - wanted).abs().max() < 1e-4
+
+
+def test_harmonics_are_among_the_frequencies_of_the_decoder(nb, tiny):
+    for seed in (0, 1):
+        frequencies = nb.MambaGINR(**{**tiny().config, "seed": seed}).decoder.fourier.frequencies
+        assert frequencies[:, :2].tolist() == [[4.0, 0.0], [0.0, 4.0]]  # an image of four patches a side
+        assert frequencies.shape == (2, 8)
+    with pytest.raises(ValueError, match="num_frequencies must be at least patch_size 4, got 3"):
+        tiny(patch_size=4, num_lp=4, num_frequencies=3)
+
+
+def test_pixels_enter_exactly_as_float16_and_tf32_operands(nb, tiny):
+    seen = []
+    embedding = tiny().patch_embedding
+    embedding.to_token.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    levels = torch.arange(256).float()
+    embedding((levels.view(4, 1, 8, 8) / 255).expand(4, 3, 8, 8))
+    entered = seen[0][..., ::3].flatten().sort().values  # three channels of the same
+    assert torch.equal(entered.half().float(), (2 * levels - 255) / 64)
+    assert (entered - entered.half().float()).abs().max() < 1e-6
 
 
 def test_psnr_is_scikit_images(nb):

@@ -202,6 +202,23 @@ def test_a_model_is_no_state_and_a_state_no_model(nb, start, tmp_path):
         start(tmp_path, EPOCHS=2)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda config: config.pop("pixel_scale"), "their configuration has no pixel_scale"),
+        (lambda config: config.update(colours=4), "unexpected keyword argument 'colours'"),
+        (lambda config: config.update(dim=24), "size mismatch"),
+    ],
+)
+def test_weights_of_another_version_are_refused(nb, tiny, change, reason, tmp_path):
+    nb.save_model(tmp_path / "model.pth", tiny(), {}, {})
+    checkpoint = torch.load(tmp_path / "model.pth", weights_only=True)
+    change(checkpoint["config"])
+    torch.save(checkpoint, tmp_path / "model.pth")
+    with pytest.raises(nb.CheckpointError, match=f"(?s)do not fit this version of the model: .*{reason}"):
+        nb.load_model(tmp_path / "model.pth")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(nb, start, monkeypatch, tmp_path):
     schedule, before = nb.learning_rate, []
 
