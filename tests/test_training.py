@@ -16,8 +16,8 @@ import selective_scan as scan_module
 from selective_scan import triton
 
 SETTINGS = {
-    "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "LEARNING_RATE": 2e-3, "BETA2": 0.99, "WEIGHT_DECAY": 1e-4,
-    "GRADIENT_CLIP": 1.0, "LOG_LOSS": True, "EMA_DECAY": 0.5, "SEED": 0, "COMPILE": False,
+    "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
+    "WEIGHT_DECAY": 1e-4, "GRADIENT_CLIP": 1.0, "LOG_LOSS": True, "EMA_DECAY": 0.5, "SEED": 0, "COMPILE": False,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
 
