@@ -208,7 +208,7 @@ def test_harmonics_are_among_the_frequencies_of_the_decoder(nb, tiny):
         frequencies = nb.MambaGINR(**{**tiny().config, "seed": seed}).decoder.fourier.frequencies
         assert frequencies[:, :2].tolist() == [[4.0, 0.0], [0.0, 4.0]]  # an image of four patches a side
         assert frequencies.shape == (2, 8)
-    with pytest.raises(ValueError, match="num_frequencies must be at least patch_size 4, got 3"):
+    with pytest.raises(ValueError, match="num_frequencies must be at least 4 for patch_size 4, got 3"):
         tiny(patch_size=4, num_lp=4, num_frequencies=3)
 
 
