@@ -175,17 +175,18 @@ def build_model(precision: str):
     return nb, model
 
 
-def step_row(precision: str, compiled: bool, batch: int) -> dict:
-    """A training step of the notebook, from uint8 images on the device to new weights."""
+def step_row(precision: str, compiled: bool, batch: int, mosaics: int) -> dict:
+    """A training step of the notebook, from uint8 images on the device to new weights; ``mosaics`` of the batch are."""
     left = torch.cuda.memory_allocated() / 2**20 if ON_GPU else 0.0  # cuBLAS keeps a workspace for each stream so far
     nb, model = build_model(precision)
     step = nb.TrainingStep(model, nb.make_optimizer(model, 5e-4, 0.99, 1e-4), 1.0, compiled, decay=0.998)
-    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    images = torch.randint(0, 256, (64 * batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    sampler, steps = nb.Sampler(images, batch, mosaics / batch, 0.0, 0), itertools.count()
     start = time.perf_counter()
     for _ in range(step.WARM_UP + 1):
-        step(images, 1e-4).item()
+        step(sampler(0, next(steps)), 1e-4).sum().item()
     start_up = time.perf_counter() - start
-    ms = median_ms(lambda: step(images, 1e-4))
+    ms = median_ms(lambda: step(sampler(0, next(steps) % 64), 1e-4))
     return {"ms": ms, "images_per_s": 1000 * batch / ms, "peak_mib": peak_mib() - left, "start_up_s": start_up}
 
 
@@ -193,11 +194,12 @@ def throughput_row(precision: str, batch: int, size: int) -> dict:
     """Images a second: encoded, and decoded from their latents on a grid of size × size, ``batch`` at a time."""
     nb, model = build_model(precision)
     images, coords = torch.rand(batch, 3, 32, 32, device=DEVICE), nb.pixel_grid(size).to(DEVICE)
+    cell = None if size == model.image_size else 1 / size
     with torch.no_grad():
         latents = model.encode(images)
         encode, decode = (
             median_ms(lambda: model.encode(images)),
-            median_ms(lambda: model.decode(latents, coords, 4096)),
+            median_ms(lambda: model.decode(latents, coords, 4096, cell)),
         )
     return {"encode_images_per_s": 1000 * batch / encode, "decode_images_per_s": 1000 * batch / decode}
 
@@ -247,8 +249,9 @@ def rows() -> dict[str, tuple | str]:
                 )  # fmt: skip
         for precision, compiled in [("float32", False), ("float16", False), ("float16", True)]:
             found[f"training step, batch 64, {precision}, {'compiled' if compiled else 'eager'}"] = (
-                "step_row", precision, compiled, 64,
+                "step_row", precision, compiled, 64, 0,
             )  # fmt: skip
+        found["training step, batch 64, float16, compiled, 8 of them mosaics"] = ("step_row", "float16", True, 64, 8)
         for size in (32, 256):
             found[f"encode, and decode at {size}×{size}, batch 64, float16, eager"] = (
                 "throughput_row", "float16", 64, size,
@@ -266,7 +269,7 @@ def rows() -> dict[str, tuple | str]:
             batch = max(1, 8 * 512 // length)
             name = f"scan, torch, ({batch}, {length}, 256), 16 states, float32"
             found[name] = ("scan_row", "torch", batch, length, 256, 16, 1)
-        found["training step of the small model, batch 32, float32, eager"] = ("step_row", "float32", False, 32)
+        found["training step of the small model, batch 32, float32, eager"] = ("step_row", "float32", False, 32, 0)
         found["encode, and decode at 32×32, small model, batch 32"] = ("throughput_row", "float32", 32, 32)
     for kind in ("mamba", "attention"):
         for length in LENGTHS:

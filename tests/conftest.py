@@ -70,6 +70,16 @@ def compiled_sizes(tmp_path):
 
 
 @pytest.fixture
+def batch_of(nb):
+    """One training batch of all these images, the last of them replaced by mosaics."""
+
+    def build(images, mosaics: int = 0, step: int = 0, jitter: float = 0.0):
+        return nb.Sampler(images, len(images), mosaics / len(images), jitter, seed=0)(0, step)
+
+    return build
+
+
+@pytest.fixture
 def tiny(nb):
     """Build a model small enough for a test, always with the same weights."""
 

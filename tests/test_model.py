@@ -178,6 +178,8 @@ def test_fourier_frequencies_are_drawn_once(nb, tiny):
     assert nb.FourierFeatures(4096, 10.0, 0).frequencies.std().item() == pytest.approx(10, rel=0.05)
     names = [name for name in tiny().state_dict() if name.endswith("frequencies")]
     assert len(names) == 2  # of the patches and of the queries
+    trained = [name for name, _ in tiny(decoder="gaussian").named_parameters() if name.endswith("frequencies")]
+    assert trained == [f"decoder.fourier.bands.{i}.frequencies" for i in range(2)]
     assert not any(name.endswith("frequencies") for name, _ in tiny().named_parameters())
 
 
@@ -255,8 +257,12 @@ def test_evaluate_does_not_depend_on_the_batch(nb, tiny):
     assert whole == pytest.approx(parts, abs=1e-3)
 
 
-def test_any_resolution_and_any_chunk_decode_alike(nb, tiny):
-    model = tiny().eval()
+DECODERS = pytest.mark.parametrize("decoder", ["residual", "gaussian", "scent", "hybrid"])
+
+
+@DECODERS
+def test_any_resolution_and_any_chunk_decode_alike(nb, tiny, decoder):
+    model = tiny(decoder=decoder).eval()
     with torch.no_grad():
         latents = model.encode(torch.rand(2, 3, 8, 8))
         for size in (1, 5, 8, 24):
@@ -267,8 +273,9 @@ def test_any_resolution_and_any_chunk_decode_alike(nb, tiny):
                     assert torch.allclose(model.decode(latents, nb.pixel_grid(size), chunk), whole, atol=1e-5)
 
 
-def test_a_query_does_not_depend_on_the_others(nb, tiny):
-    model, coords = tiny().eval(), torch.rand(50, 2)
+@DECODERS
+def test_a_query_does_not_depend_on_the_others(nb, tiny, decoder):
+    model, coords = tiny(decoder=decoder).eval(), torch.rand(50, 2)
     with torch.no_grad():
         latents = model.encode(torch.rand(1, 3, 8, 8))
         together = model.decode(latents, coords)
@@ -276,8 +283,9 @@ def test_a_query_does_not_depend_on_the_others(nb, tiny):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_coordinates_of_each_image_or_shared(nb, tiny):
-    model, coords = tiny().eval(), torch.rand(2, 6, 2)
+@DECODERS
+def test_coordinates_of_each_image_or_shared(nb, tiny, decoder):
+    model, coords = tiny(decoder=decoder).eval(), torch.rand(2, 6, 2)
     with torch.no_grad():
         latents = model.encode(torch.rand(2, 3, 8, 8))
         own = model.decode(latents, coords)
@@ -318,4 +326,66 @@ def test_the_default_model_has_the_sizes_of_the_figure(nb):
         "decoder": (1, 10, 3),
     }
     # 4 bytes each: a float32 checkpoint stays under 50 MB.
-    assert sum(p.numel() for p in model.parameters()) == 12_028_931
+    assert sum(p.numel() for p in model.parameters()) == 12_356_995
+
+
+def mixed(model):
+    """The same model with a mixing that is no longer zero, as after training."""
+    torch.nn.init.normal_(model.mixing.out.weight)
+    torch.nn.init.normal_(model.mixing.out.bias)
+    return model.eval()
+
+
+def test_the_cell_changes_what_is_asked_of_finer_pixels_only(nb, tiny):
+    images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)
+    with torch.no_grad():
+        before = tiny().eval()(images, coords)
+        model = mixed(tiny())
+        own = [model(images, coords, cell) for cell in (None, 1 / 8, 1 / 4, torch.tensor([1 / 8, 1 / 8]))]
+        finer = [model(images, coords, cell) for cell in (1 / 12, 1 / 16, 1 / 32, 1 / 64)]
+        each = model(images, coords, torch.tensor([1 / 16, 1 / 8]))
+    assert all(torch.allclose(values, before, atol=1e-6) for values in own)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip([before, *finer], finer[:3]))
+    assert torch.equal(finer[2], finer[3])  # finer than training asks for is asked for as its finest
+    assert torch.allclose(each, torch.stack([finer[1][0], before[1]]), atol=1e-6)
+
+
+def test_mixing_reaches_the_neighbours_of_a_patch(nb):
+    torch.manual_seed(0)
+    mixing, latents = nb.NeighbourMixing(6, 4, 5), torch.randn(1, 25, 6, requires_grad=True)
+    assert torch.equal(mixing(latents, torch.ones(1)), latents)  # zero at the start
+    torch.nn.init.normal_(mixing.out.weight)
+    (gradient,) = torch.autograd.grad(mixing(latents, torch.ones(1))[0, 12].sum(), latents)
+    touched = gradient[0].abs().sum(1).nonzero().squeeze(1).tolist()
+    assert touched == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    once, twice = (mixing(latents, torch.full((1,), octaves)) - latents for octaves in (1.0, 2.0))
+    assert torch.allclose(twice, 2 * once, atol=1e-5)
+
+
+def test_without_an_lp_token_to_a_patch_the_cell_changes_nothing(nb, tiny):
+    model, images, coords = tiny(num_lp=8).eval(), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
+    assert model.mixing is None
+    with torch.no_grad():
+        assert torch.equal(model(images, coords, 1 / 32), model(images, coords))
+
+
+def test_an_unknown_decoder_is_named(tiny):
+    with pytest.raises(ValueError, match="decoder = 'siren': choose one of residual, gaussian, scent, hybrid"):
+        tiny(decoder="siren")
+
+
+@pytest.mark.parametrize(("decoder", "millions"), [("gaussian", 10.0), ("scent", 12.3), ("hybrid", 17.6)])
+def test_presets_stay_under_25_million_parameters(nb, decoder, millions):
+    model = nb.MambaGINR(decoder=decoder, decoder_dim=256, decoder_blocks=2)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_multi_head_attention_is_softmax_of_products(nb):
+    torch.manual_seed(0)
+    attention = nb.MultiHeadAttention(6, 5, heads=2, head_dim=4)
+    queries, context, bias = torch.randn(1, 7, 6), torch.randn(3, 9, 5), torch.randn(1, 7, 9)
+    q = attention.to_q(queries).view(1, 7, 2, 4)
+    k, v = attention.to_kv(context).view(3, 9, 2, 2, 4).unbind(2)
+    weights = (torch.einsum("oqhd,bphd->bhqp", q, k) / 2 + bias.unsqueeze(1)).softmax(-1)
+    expected = attention.to_out(torch.einsum("bhqp,bphd->bqhd", weights, v).flatten(2))
+    assert torch.allclose(attention(queries, context, bias), expected, atol=1e-6)

@@ -89,7 +89,9 @@ def execute(folder, **settings):
 
 
 def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
-    process = execute(copy, SMALL=1, DATASET="photos", EPOCHS=2, MAX_TRAIN_IMAGES=160, MAX_TEST_IMAGES=32)
+    process = execute(
+        copy, SMALL=1, DATASET="photos", EPOCHS=2, MAX_TRAIN_IMAGES=160, MAX_TEST_IMAGES=32, MAX_PHOTOGRAPHS=2
+    )
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     executed = copy / "runs" / NOTEBOOK.name

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from selective_scan import triton
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
     "WEIGHT_DECAY": 1e-4, "GRADIENT_CLIP": 1.0, "LOG_LOSS": True, "EMA_DECAY": 0.5, "SEED": 0, "COMPILE": False,
+    "PRESET": "residual", "JITTER": 0.1, "SR_FRACTION": 0.25, "SR_WEIGHT": 1.0,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
 
@@ -110,6 +112,7 @@ def test_training_writes_what_it_promises(nb, start, tmp_path):
     best = max(run.history, key=lambda row: row["psnr_mean"])
     assert checkpoint["metrics"] == best
     assert run.history[0]["train_loss"] > run.history[-1]["train_loss"]
+    assert run.history[0]["train_loss_finer"] > run.history[-1]["train_loss_finer"] > 0
     assert best["psnr_mean"] > run.history[0]["psnr_mean"]
 
 
@@ -307,41 +310,44 @@ def test_eight_images_are_learnt_past_40_db(nb):
         assert nb.psnr(model(images, coords), target).mean() > 40
 
 
-def test_the_rate_of_a_step_is_the_one_asked_for(nb, tiny):
-    model, images = tiny(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+def test_the_rate_of_a_step_is_the_one_asked_for(nb, tiny, batch_of):
+    model, batch = tiny(), batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1.0, compiled=False)
-    loss = step(images, 0.0)
+    loss = step(batch, 0.0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(step(images, 1e-3), loss)
-    assert step(images, 1e-3) < loss
+    assert torch.equal(step(batch, 1e-3), loss)
+    assert step(batch, 1e-3)[0] < loss[0]
 
 
-def test_what_is_evaluated_is_an_average_of_the_weights(nb, tiny):
-    model, images = tiny(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+def test_what_is_evaluated_is_an_average_of_the_weights(nb, tiny, batch_of):
+    model, batch = tiny(), batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), mosaics=1)
     expected = [p.detach().clone() for p in model.parameters()]
     step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1.0, compiled=False, decay=0.75)
     for _ in range(3):
-        step(images, 1e-2)
+        step(batch, 1e-2)
         expected = [0.75 * e + 0.25 * p.detach() for e, p in zip(expected, model.parameters())]
     assert all(torch.allclose(a, e, atol=1e-6) for a, e in zip(step.average.parameters(), expected))
     assert not any(torch.equal(a, p) for a, p in zip(step.average.parameters(), model.parameters()))
     assert not any(a.requires_grad for a in step.average.parameters())
 
 
-def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tiny):
-    images, losses, gradients = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), [], []
+def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tiny, batch_of):
+    batch, losses, gradients = batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)), [], []
     for log_loss in (False, True):
         model = tiny()
         step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1e9, False, log_loss)
-        losses.append(step(images, 0.0))
-        gradients.append([p.grad * (losses[-1] if log_loss else 1) for p in model.parameters()])
+        losses.append(step(batch, 0.0))
+        trained = [p for p in model.parameters() if p.grad is not None]  # not the mixing, which finer pixels read
+        gradients.append([p.grad * (losses[-1][0] if log_loss else 1) for p in trained])
     assert torch.equal(*losses)  # the MSE in both
+    assert losses[0][1] == 0
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(*gradients))
 
 
 @pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
+@pytest.mark.parametrize("decoder", ["residual", "hybrid"])
+def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeypatch):
     # Nothing is known of the machine yet, so that the scan is tried while the model is compiled.
     monkeypatch.setattr(scan_module, "_faults", {})
     monkeypatch.setattr(
@@ -349,17 +355,16 @@ def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
     )
     monkeypatch.setitem(scan_module._chosen, "backend", "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, images = tiny().to(device), torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, device=device)
+    model = tiny(decoder=decoder).to(device)
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, device=device)
+    batch = batch_of(images, mosaics=2, jitter=0.0 if decoder == "residual" else 0.1)
     model.precision = torch.bfloat16
     step = nb.TrainingStep(model, nb.make_optimizer(model, 1e-3, 0.99, 0.1), 1.0, compiled=False)
     losses, gradients = [], []
-    for mse_of in (
-        torch.compile(step.reconstruction_mse, backend="aot_eager", fullgraph=True),
-        step.reconstruction_mse,
-    ):
+    for errors_of in (torch.compile(step.errors, backend="aot_eager", fullgraph=True), step.errors):
         model.zero_grad()
-        losses.append(mse_of(images))
-        losses[-1].backward()
+        losses.append(errors_of(batch))
+        losses[-1].sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert torch.equal(*losses)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
@@ -368,17 +373,114 @@ def test_the_model_is_compiled_in_one_piece(nb, tiny, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16], ids=str)
-def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision):
+@pytest.mark.parametrize("decoder", ["residual", "gaussian", "scent", "hybrid"])
+def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision, decoder):
     generator = torch.Generator().manual_seed(0)
-    batches = torch.randint(0, 256, (8, 4, 3, 8, 8), generator=generator, dtype=torch.uint8).cuda()
+    images = torch.randint(0, 256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8).cuda()
+    sampler = nb.Sampler(images, 8, 0.25, 0.0 if decoder == "residual" else 0.1, 0)
     losses = []
     for compiled in (False, True):
-        model = tiny().cuda()
+        model = tiny(decoder=decoder).cuda()
         model.precision = precision
         step = nb.TrainingStep(model, nb.make_optimizer(model, 1e-3, 0.99, 0.1), 1.0, compiled)
-        losses.append([step(batch, 1e-3 * (i + 1) / 8).item() for i, batch in enumerate(batches)])
+        losses.append(torch.stack([step(sampler(0, i), 1e-3 * (i + 1) / 8) for i in range(8)]))
         assert (step.graph is not None) == compiled
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if precision == torch.float16 else 1e-4)
+    assert torch.allclose(*losses, atol=0, rtol=2e-3 if precision == torch.float16 else 1e-4)
+
+
+def test_a_mosaic_holds_images_side_by_side_and_averages_down(nb):
+    images = torch.randint(0, 256, (35, 3, 8, 8), dtype=torch.uint8)
+    inputs, truth = nb.mosaic(images, 4, 4)
+    assert (inputs.shape, inputs.dtype, truth.shape) == ((2, 3, 8, 8), torch.uint8, (2, 3, 32, 32))
+    for row in range(4):
+        for column in range(4):
+            tile = truth[1, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert torch.equal((255 * tile).round().byte(), images[16 + 4 * row + column])
+    assert (255 * torch.nn.functional.avg_pool2d(truth, 4) - inputs).abs().max() <= 0.5001
+    half = nb.mosaic(images, 4, 2)
+    assert torch.equal(half[0], inputs)
+    assert torch.allclose(half[1], torch.nn.functional.avg_pool2d(truth, 2), atol=1e-6)
+
+
+def test_places_away_from_seams_are_two_input_pixels_off(nb):
+    assert len(nb.away_from_seams(1, 8)) == 256**2  # no mosaic, no seams
+    places = nb.away_from_seams(2, 2)  # seams at 16 of 32 input pixels: 4 of 64 rows on each side are near
+    rows = [r for r in range(64) if r < 28 or r >= 36]
+    assert places.tolist() == [64 * r + c for r in rows for c in rows]
+    assert len(nb.away_from_seams(4, 4)) == (128 - 3 * 16) ** 2
+
+
+def test_a_batch_depends_on_seed_epoch_and_step_only(nb):
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    first, other = (nb.Sampler(images, 8, 0.25, 0.1, seed) for seed in (0, 1))
+    batches = [first(0, step) for step in range(5)]
+    again = nb.Sampler(images, 8, 0.25, 0.1, 0)
+    again(1, 3)
+    assert all(torch.equal(a, b) for a, b in zip(batches[3], again(0, 3)))
+    for different in (batches[2], again(1, 3), other(0, 3)):
+        assert not any(torch.equal(a, b) for a, b in zip(batches[3][:3], different[:3]))
+    seen = torch.cat([b.images[:6] for b in batches])
+    assert len({bytes(x) for x in seen.numpy()}) == 30  # no image twice in an epoch
+    shapes = [tuple(x.shape) for x in batches[0]]
+    assert shapes == [(8, 3, 8, 8), (6, 64, 2), (2, 64, 2), (2,), (2, 64, 3)]
+
+
+def test_the_finer_pixels_of_a_batch_are_those_of_its_mosaics(nb):
+    # Images of one colour each: away from seams a finer pixel has the colour of the input's pixel in which it lies.
+    images = torch.randint(0, 256, (64, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 32, 32).contiguous()
+    sampler, scales = nb.Sampler(images, 8, 0.25, 0.0, 0), set()
+    for step in range(24):
+        batch = sampler(0, step % 8) if step < 8 else sampler(step, 0)
+        pixel = (batch.finer_coords * 32).long()  # row and column
+        index = (pixel[..., 0] * 32 + pixel[..., 1]).unsqueeze(-1).expand(-1, -1, 3)
+        colours = batch.images[6:].flatten(2).transpose(1, 2).gather(1, index) / 255
+        assert torch.allclose(batch.finer_rgb, colours, atol=1e-6)
+        assert torch.equal(batch.coords, nb.pixel_grid(32))
+        scales.add(round(1 / (32 * batch.cell[0].item())))
+    assert scales == {2, 4}
+
+
+def test_mosaics_are_turned_and_mirrored_in_turn(nb):
+    images = torch.arange(4 * 3 * 64).view(4, 3, 8, 8).remainder(256).byte()
+    sampler = nb.Sampler(images, 4, 0.25, 0.0, 0)
+    assert [kind[:2] for kind in sampler.kinds] == [(2, 2)]  # 8 pixels are too few for 4 × 4 tiles and their seams
+    drawn = []
+    for epoch in range(8):
+        batch = sampler(epoch, 0)
+        generator = torch.Generator().manual_seed(epoch)
+        tiles = images[torch.randint(4, (4,), generator=generator)]
+        plain = nb.mosaic(tiles, 2, 2)[0]
+        views = [v.rot90(k, (2, 3)) for v in (plain, plain.flip(3)) for k in range(4)]
+        drawn.append([torch.equal(batch.images[3:], v) for v in views].index(True))
+    assert drawn == list(range(8))
+
+
+def test_jitter_stays_within_the_pixel(nb):
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    offsets = 8 * (nb.Sampler(images, 64, 0.0, 1 / 6, 0)(0, 0).coords - nb.pixel_grid(8))  # in pixels
+    assert offsets.shape == (64, 64, 2)
+    assert offsets.std().item() == pytest.approx(1 / 6, rel=0.05)
+    assert nb.Sampler(images, 64, 0.0, 1.0, 0)(0, 0).coords.sub(nb.pixel_grid(8)).abs().max() <= 0.5001 / 8
+
+
+def test_images_too_small_for_mosaics_are_named(nb):
+    with pytest.raises(ValueError, match="images of 4 pixels a side be large enough for mosaics: 0 does without"):
+        nb.Sampler(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), 8, 0.25, 0.0, 0)
+
+
+def test_finer_pixels_train_the_mixing_and_weigh_as_asked(nb, tiny, batch_of):
+    batch, gradients = batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), mosaics=4), []
+    for weight in (0.0, 1.0, 3.0):
+        model = tiny()
+        step = nb.TrainingStep(model, nb.make_optimizer(model, 1.0, 0.99, 0.1), 1e9, False, finer_weight=weight)
+        mse, finer = step(batch, 0.0)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert 0 < mse != finer > 0
+    none, one, three = gradients
+    assert one["mixing.out.weight"].abs().max() > 0
+    assert none["mixing.out.weight"].abs().max() == 0
+    for name in one:
+        assert torch.allclose(three[name] - none[name], 3 * (one[name] - none[name]), rtol=1e-3, atol=1e-5), name
 
 
 def test_weight_decay_spares_what_is_no_linear_map(nb, tiny):
@@ -403,9 +505,18 @@ def test_the_schedule_warms_up_and_ends_at_zero(nb):
     assert nb.learning_rate(0, 100, 0, 1.0) == 1
 
 
-@pytest.mark.parametrize("changes", [{"BATCH_SIZE": 45}, {"BATCH_SIZE": 0}, {"WARMUP_EPOCHS": 3}, {"EPOCHS": 0}])
-def test_settings_that_fit_no_epoch(start, changes, tmp_path):
-    with pytest.raises(ValueError, match=r"must lie in 1 … 44 .* be less than EPOCHS"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"BATCH_SIZE": 45}, "BATCH_SIZE = 45 must lie in 1 … 44"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE = 0 must lie in 1 … 44"),
+        ({"WARMUP_EPOCHS": 3}, "WARMUP_EPOCHS = 3 must be less than EPOCHS = 3"),
+        ({"EPOCHS": 0}, "must be less than EPOCHS = 0"),
+        ({"SR_FRACTION": 1.0}, "SR_FRACTION = 1.0 of BATCH_SIZE = 8 must leave an image to reconstruct"),
+    ],
+)
+def test_settings_that_fit_no_epoch(start, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         start(tmp_path, **changes)
     assert list(tmp_path.iterdir()) == []
 
@@ -567,6 +678,74 @@ def test_a_grid_is_decoded_in_raster_order_whatever_the_chunk(nb, tiny):
     assert torch.allclose(pictures, nb.decode_grid(model, model.encode(images), 20, 400), atol=1e-5)
 
 
+class Interpolation(torch.nn.Module):
+    """Stands in for a model: its latents are the pixels, which it interpolates linearly."""
+
+    image_size = 8
+
+    def __init__(self, offset=0.0):
+        super().__init__()
+        self.lp, self.offset, self.cells = SimpleNamespace(tokens=torch.zeros(1)), offset, set()
+
+    def encode(self, images):
+        return images
+
+    def decode(self, latents, coords, chunk=None, cell=None):
+        self.cells.add(cell)
+        grid = 2 * coords.flip(-1).expand(len(latents), 1, -1, -1) - 1
+        colours = torch.nn.functional.grid_sample(latents, grid, "bilinear", "border", align_corners=False)
+        return colours[:, :, 0].transpose(1, 2) + self.offset
+
+
+@pytest.mark.parametrize(("size", "scale"), [((8, 8), 2), ((5, 3), 4), ((31, 20), 3), ((40, 17), 2.5), ((16, 24), 1)])
+def test_super_resolve_leaves_no_seam(nb, size, scale):
+    pixels = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image, model = nb.TF.to_pil_image(pixels), Interpolation()
+    result = nb.super_resolve(model, image, scale, chunk=100)
+    height, width = (round(scale * n) for n in size)
+    assert result.size == (width, height)
+    assert model.cells == {1 / (scale * 8)}
+    # One interpolation of the whole image, at the centres of the result's pixels.
+    rows, columns = ((torch.arange(n) + 0.5) / (scale * m) for n, m in zip((height, width), size))
+    whole = model.decode(pixels[None] / 255, torch.cartesian_prod(rows, columns))[0].T.view(3, height, width)
+    assert (255 * whole - torch.from_numpy(np.array(result)).permute(2, 0, 1)).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize("scale", [0.5, 0, -1, float("nan"), 600])
+def test_super_resolve_says_which_scales_it_takes(nb, scale):
+    with pytest.raises(ValueError, match=r"of 8×8 pixels: at least 1, and at most 4096 a side"):
+        nb.super_resolve(Interpolation(), Image.new("RGB", (8, 8)), scale)
+
+
+def test_enlargements_are_scored_against_the_truth(nb):
+    truth = torch.rand(5, 3, 16, 16)
+    inputs = (255 * torch.nn.functional.avg_pool2d(truth, 2)).round().byte()
+    scores = nb.enlargement_scores(Interpolation(), inputs, truth, 1, 2, 100)
+    for name, method in [("nearest", "NEAREST"), ("bicubic", "BICUBIC"), ("lanczos", "LANCZOS")]:
+        large = [nb.TF.to_pil_image(x).resize((16, 16), Image.Resampling[method]) for x in inputs]
+        values = nb.psnr(torch.stack([nb.TF.to_tensor(x) for x in large]), truth)
+        assert scores[name] == pytest.approx(values.mean().item(), abs=1e-3)
+    linear = torch.nn.functional.interpolate(inputs / 255, size=16, mode="bilinear", align_corners=False)
+    assert scores["model"] == pytest.approx(nb.psnr(linear, truth).mean().item(), abs=1e-3)
+    back = torch.nn.functional.avg_pool2d(linear, 2)
+    assert scores["consistency"] == pytest.approx(nb.psnr(back, inputs / 255).mean().item(), abs=1e-3)
+
+
+def test_seams_of_a_mosaic_do_not_count(nb):
+    inputs, truth = nb.mosaic(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), 2, 2)
+    before = nb.enlargement_scores(Interpolation(), inputs, truth, 2, 1, 100)
+    truth[..., 4:12, :] = 0.5  # two pixels of the input on each side of the seam
+    assert nb.enlargement_scores(Interpolation(), inputs, truth, 2, 1, 100) == before
+    truth[..., 3, 3] += 0.1
+    assert nb.enlargement_scores(Interpolation(), inputs, truth, 2, 1, 100) != before
+
+
+def test_photographs_are_cropped_for_enlargement(nb):
+    crops = nb.photograph_crops()
+    assert (crops.shape, crops.dtype) == ((33, 3, 256, 256), torch.uint8)
+    assert torch.equal(nb.photograph_crops(limit=2), crops[[0, 32]])
+
+
 def test_the_program_refuses_a_wrong_setting(run_script):
     process = run_script(EPOCH=3)
     assert process.returncode == 1
@@ -598,14 +777,30 @@ def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script,
     assert not (tmp_path / "runs/pretrained/checkpoints").exists()
 
 
-def test_results_name_their_data(run_script, tmp_path):
+def test_an_unknown_preset_is_named(run_script):
+    process = run_script(PRESET="lainr")
+    assert process.returncode == 1
+    assert "PRESET = 'lainr': choose one of residual, gaussian, scent, hybrid" in process.stderr
+
+
+@pytest.mark.parametrize("preset", ["residual", "hybrid"])
+def test_results_name_their_data_and_preset(run_script, preset, tmp_path):
     write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
     small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
+    small |= {"PRESET": preset, "SR_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1}
     process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
     assert process.returncode == 0, process.stderr
-    results = json.loads((tmp_path / "runs/small/figures/results.json").read_text())
+    suffix = "" if preset == "residual" else "_hybrid"
+    written = {p.name for p in (tmp_path / "runs/small").rglob("*") if p.is_file()}
+    assert written == {
+        *(f"mamba_ginr{suffix}_{name}.pth" for name in ("best", "state")),
+        *(f"{name}{suffix}.png" for name in ("mamba_ginr_super_resolution", "psnr_curves", "reconstructions")),
+        f"results{suffix}.json",
+    }
+    results = json.loads((tmp_path / f"runs/small/figures/results{suffix}.json").read_text())
+    assert results["preset"] == preset
+    assert set(results["enlargement"]) == {"my photos (folder) ×2", *(f"photographs ×{k}" for k in (2, 4, 8))}
     assert results["dataset"] == "my photos (folder)"
     assert results["train_images"] == 16
-    assert (
-        process.stdout.strip().split("\n")[-1].startswith("my photos (folder): 0.0 M parameters, 2 epochs of 16 images")
-    )
+    last = process.stdout.strip().split("\n")[-1]
+    assert re.match(r"my photos \(folder\): 0\.\d M parameters, 2 epochs of 16 images", last), last
