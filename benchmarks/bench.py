@@ -193,13 +193,12 @@ def step_row(precision: str, compiled: bool, batch: int, mosaics: int) -> dict:
 def throughput_row(precision: str, batch: int, size: int) -> dict:
     """Images a second: encoded, and decoded from their latents on a grid of size × size, ``batch`` at a time."""
     nb, model = build_model(precision)
-    images, coords = torch.rand(batch, 3, 32, 32, device=DEVICE), nb.pixel_grid(size).to(DEVICE)
-    cell = None if size == model.image_size else 1 / size
+    images = torch.rand(batch, 3, 32, 32, device=DEVICE)
     with torch.no_grad():
         latents = model.encode(images)
         encode, decode = (
             median_ms(lambda: model.encode(images)),
-            median_ms(lambda: model.decode(latents, coords, 4096, cell)),
+            median_ms(lambda: nb.decode_grid(model, latents, size, 4096)),
         )
     return {"encode_images_per_s": 1000 * batch / encode, "decode_images_per_s": 1000 * batch / decode}
 
