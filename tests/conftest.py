@@ -71,10 +71,10 @@ def compiled_sizes(tmp_path):
 
 @pytest.fixture
 def batch_of(nb):
-    """One training batch of all these images, the last of them replaced by mosaics."""
+    """One training batch of all these images, the last of them replaced by hard ones and by mosaics."""
 
-    def build(images, mosaics: int = 0, step: int = 0, jitter: float = 0.0):
-        return nb.Sampler(images, len(images), mosaics / len(images), jitter, seed=0)(0, step)
+    def build(images, mosaics: int = 0, hard: int = 0, step: int = 0):
+        return nb.Sampler(images, len(images), hard, mosaics, 64, seed=0)(0, step)
 
     return build
 
@@ -86,6 +86,7 @@ def tiny(nb):
     def build(seed: int = 0, **changes):
         torch.manual_seed(seed)
         config = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 1, "d_state": 4, "num_lp": 16}
-        return nb.MambaGINR(**{**config, "decoder_dim": 32, "decoder_blocks": 1, "num_frequencies": 8, **changes})
+        config |= {"head_dim": 8, "head_blocks": 1, "head_hidden": 16, "decoder_dim": 32, "decoder_blocks": 1}
+        return nb.MambaGINR(**{**config, "num_frequencies": 8, **changes})
 
     return build

@@ -1,11 +1,13 @@
 """The model: Mamba's parameters, the two directions, LP tokens, coordinates, the bias, decoding, PSNR."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.interpolate import CubicSpline
 from skimage.metrics import peak_signal_noise_ratio
 
 from selective_scan import mamba_ssm_fault
@@ -325,48 +327,103 @@ def test_the_default_model_has_the_sizes_of_the_figure(nb):
         "decoder.blocks": (1, 10, 512),
         "decoder": (1, 10, 3),
     }
-    # 4 bytes each: a float32 checkpoint stays under 50 MB.
-    assert sum(p.numel() for p in model.parameters()) == 12_356_995
+    # 4 bytes each, in the head 2: a checkpoint stays under 50 MB.
+    assert sum(p.numel() for p in model.parameters()) == 12_713_094
 
 
-def mixed(model):
-    """The same model with a mixing that is no longer zero, as after training."""
-    torch.nn.init.normal_(model.mixing.out.weight)
-    torch.nn.init.normal_(model.mixing.out.bias)
+def trained(model):
+    """The same model with a head that is no longer zero, as after training."""
+    torch.nn.init.normal_(model.head.to_rgb.weight)
+    torch.nn.init.normal_(model.head.to_rgb.bias)
     return model.eval()
 
 
-def test_the_cell_changes_what_is_asked_of_finer_pixels_only(nb, tiny):
+def test_the_cell_says_who_answers(nb, tiny):
+    torch.manual_seed(0)
     images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)
     with torch.no_grad():
-        before = tiny().eval()(images, coords)
-        model = mixed(tiny())
-        own = [model(images, coords, cell) for cell in (None, 1 / 8, 1 / 4, torch.tensor([1 / 8, 1 / 8]))]
+        plain, model = tiny().eval(), trained(tiny())
+        assert torch.equal(model(images, coords), plain(images, coords))  # the decoder, without the head
         finer = [model(images, coords, cell) for cell in (1 / 12, 1 / 16, 1 / 32, 1 / 64)]
+        assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(finer))
         each = model(images, coords, torch.tensor([1 / 16, 1 / 8]))
-    assert all(torch.allclose(values, before, atol=1e-6) for values in own)
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip([before, *finer], finer[:3]))
-    assert torch.equal(finer[2], finer[3])  # finer than training asks for is asked for as its finest
-    assert torch.allclose(each, torch.stack([finer[1][0], before[1]]), atol=1e-6)
+        assert torch.allclose(each[0], finer[1][0], atol=1e-6)
+        # At the width of the image's own pixels nothing is added, and at their centres they come back.
+        own = model(images, nb.pixel_grid(8))
+        assert torch.allclose(model(images, nb.pixel_grid(8), 1 / 8), own, atol=1e-5)
+        assert torch.allclose(each[1], plain(images, coords, 1 / 8)[1], atol=1e-6)
 
 
-def test_mixing_reaches_the_neighbours_of_a_patch(nb):
+def test_means_of_the_spline_are_the_pixels(nb):
     torch.manual_seed(0)
-    mixing, latents = nb.NeighbourMixing(6, 4, 5), torch.randn(1, 25, 6, requires_grad=True)
-    assert torch.equal(mixing(latents, torch.ones(1)), latents)  # zero at the start
-    torch.nn.init.normal_(mixing.out.weight)
-    (gradient,) = torch.autograd.grad(mixing(latents, torch.ones(1))[0, 12].sum(), latents)
-    touched = gradient[0].abs().sum(1).nonzero().squeeze(1).tolist()
-    assert touched == [6, 7, 8, 11, 12, 13, 16, 17, 18]
-    once, twice = (mixing(latents, torch.full((1,), octaves)) - latents for octaves in (1.0, 2.0))
-    assert torch.allclose(twice, 2 * once, atol=1e-5)
+    spline, pixels = nb.HistoSpline(8), torch.rand(2, 3, 8, 8)
+    for scale in (1, 2, 3, 5, 8):
+        width = torch.tensor([1 / (8 * scale)])
+        finer = spline(pixels, nb.pixel_grid(8 * scale)[None], width).transpose(1, 2).unflatten(2, (8 * scale, -1))
+        assert torch.allclose(F.avg_pool2d(finer, scale), pixels, atol=1e-5)
+    # Wider than a pixel it takes the mean over several, at the border over what there is of them.
+    wide = spline(pixels, torch.tensor([[[0.25, 0.5], [0.0, 0.5]]]), torch.tensor([0.25]))
+    assert torch.allclose(wide[:, 0], pixels[:, :, 1:3, 3:5].mean((2, 3)), atol=1e-5)
+    assert torch.allclose(wide[:, 1], pixels[:, :, :1, 3:5].mean((2, 3)), atol=1e-5)
 
 
-def test_without_an_lp_token_to_a_patch_the_cell_changes_nothing(nb, tiny):
-    model, images, coords = tiny(num_lp=8).eval(), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
-    assert model.mixing is None
+def test_the_spline_is_scipys(nb):
+    x, line = np.linspace(0.2, 0.8, 7), np.random.default_rng(0).random(8)
+    whole = CubicSpline(np.arange(9) / 8, np.cumsum([0, *line / 8]), bc_type="natural")
+    expected = (whole(x + 0.05) - whole(x - 0.05)) / 0.1
+    pixels = torch.from_numpy(line).float().expand(1, 3, 8, 8)
+    coords = torch.stack([torch.full((7,), 0.5), torch.from_numpy(x).float()], dim=1)[None]
+    assert np.allclose(nb.HistoSpline(8)(pixels, coords, torch.tensor([0.1]))[0, :, 0], expected, atol=1e-5)
+
+
+def test_the_head_answers_without_a_step(nb):
+    """Nothing jumps where a query passes from one map pixel to the next, or beyond the last."""
+    torch.manual_seed(0)
+    head = nb.SuperResolutionHead(8, 4, None, dim=5, num_blocks=1, hidden=7).double()
+    torch.nn.init.normal_(head.to_rgb.weight)
+    features, places = torch.randn(1, 64, 7, dtype=torch.float64), torch.arange(0, 33, dtype=torch.float64) / 32
+    low, high = (
+        torch.cartesian_prod((places + side).clamp(0, 1), (places + side).clamp(0, 1)) for side in (-1e-9, 1e-9)
+    )
+    before, after = (head.read(features, coords[None], torch.ones(1).double()) for coords in (low, high))
+    assert before.std() > 0.1
+    assert (after - before).abs().max() < 1e-6
+
+
+def test_the_head_reads_the_four_nearest_pixels_of_its_map(nb):
+    torch.manual_seed(0)
+    head = nb.SuperResolutionHead(6, 4, None, dim=5, num_blocks=1, hidden=7)
+    torch.nn.init.normal_(head.to_rgb.weight)
+    features, coords = torch.randn(2, 36, 7, requires_grad=True), torch.tensor([[0.30, 0.55], [0.0, 1.0]])
+    (gradient,) = torch.autograd.grad(head.read(features, coords[None], torch.ones(1))[0, 0].sum(), features)
+    assert gradient[0].abs().sum(1).nonzero().squeeze(1).tolist() == [8, 9, 14, 15]  # rows 1 and 2, columns 2 and 3
+    (gradient,) = torch.autograd.grad(head.read(features, coords[None], torch.ones(1))[1, 1].sum(), features)
+    assert gradient[1].abs().sum(1).nonzero().squeeze(1).tolist() == [5]  # the corner, beyond which there is none
+    own = torch.stack([coords, coords.flip(0)])  # of each image, or shared
+    each = head.read(features, own, torch.ones(1))
+    assert torch.allclose(each[0], head.read(features, coords[None], torch.ones(1))[0], atol=1e-6)
+    assert torch.allclose(each[1], head.read(features, coords.flip(0)[None], torch.ones(1))[1], atol=1e-6)
+
+
+def test_the_latents_pixels_lie_where_their_patch_does(nb):
+    head = nb.SuperResolutionHead(6, 4, 3, dim=1, num_blocks=0, hidden=1)
+    for part in (head.of_pixels, head.of_latents, head.of_map):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.zeros_(part.bias)
+    torch.nn.init.ones_(head.of_map.weight)
+    head.of_latents.weight.data = torch.eye(4)  # latent channel k is pixel k of its patch, in raster order
+    latents = torch.arange(36.0).view(1, 9, 4)
+    features = head.map(latents, torch.zeros(1, 3, 6, 6)).view(3, 2, 3, 2)
+    for patch in range(9):
+        row, column = divmod(patch, 3)
+        assert features[row, :, column].flatten().tolist() == latents[0, patch].tolist()
+
+
+def test_without_an_lp_token_to_a_patch_the_head_reads_the_pixels_alone(nb, tiny):
+    model, images, coords = trained(tiny(num_lp=8)), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
+    assert model.head.of_latents is None
     with torch.no_grad():
-        assert torch.equal(model(images, coords, 1 / 32), model(images, coords))
+        assert (model(images, coords, 1 / 32) - model(images, coords, 1 / 16)).abs().max() > 1e-3
 
 
 def test_an_unknown_decoder_is_named(tiny):
@@ -374,7 +431,7 @@ def test_an_unknown_decoder_is_named(tiny):
         tiny(decoder="siren")
 
 
-@pytest.mark.parametrize(("decoder", "millions"), [("gaussian", 10.0), ("scent", 12.3), ("hybrid", 17.6)])
+@pytest.mark.parametrize(("decoder", "millions"), [("gaussian", 10.35), ("scent", 12.7), ("hybrid", 17.9)])
 def test_presets_stay_under_25_million_parameters(nb, decoder, millions):
     model = nb.MambaGINR(decoder=decoder, decoder_dim=256, decoder_blocks=2)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)

@@ -75,9 +75,12 @@ def test_the_readme_and_the_notebook_quote_the_results():
         assert (ROOT / picture).exists(), picture
 
 
+FILES = (NOTEBOOK.name, "fused.py", "hard_images.py", "optimizers.py", "selective_scan.py", "run_notebook.py")
+
+
 @pytest.fixture
 def copy(tmp_path):
-    for name in (NOTEBOOK.name, "fused.py", "selective_scan.py", "run_notebook.py"):
+    for name in FILES:
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -100,7 +103,7 @@ def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
     written = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     figures = ("mamba_ginr_super_resolution.png", "psnr_curves.png", "reconstructions.png", "results.json")
     assert written == {
-        *(NOTEBOOK.name, "fused.py", "selective_scan.py", "run_notebook.py", f"runs/{NOTEBOOK.name}"),
+        *(*FILES, f"runs/{NOTEBOOK.name}"),
         *(f"runs/small/figures/{name}" for name in figures),
         *(f"runs/small/checkpoints/mamba_ginr_{name}.pth" for name in ("best", "state")),
     }
@@ -111,6 +114,7 @@ def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
     assert (results["dataset"], results["train_images"]) == ("scikit-image photographs", 160)
     assert (results["epochs"], results["steps"]) == (2, 10)
     assert results["psnr_worst"] < results["psnr_mean"] < 30
+    assert results["others"]["patterns"]["images"] == 64
     assert "SMALL: a reduced model" in process.stdout
     assert "Selective scan: torch (the kernels of Triton and mamba-ssm need a GPU)" in process.stdout
     assert process.stdout.count("── Cell") == 13
