@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 BLOCKS = (1, 1, 2, 4, 8, 16)  # pixels: sides of the blocks that patterns are made of
+TILES = (3, 5, 6, 7, 9, 12)  # pixels: sides of what is repeated; periods of 2, 4 and 8 are kept for testing
 
 
 class _Draws:
@@ -25,16 +26,23 @@ class _Draws:
     def between(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(self.n, *(shape or (1, 1, 1)), **self.random)
 
+    def integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, (self.n, *shape), **self.random)
+
     def blocks(self, channels: int, size: int) -> Tensor:
         """Uniform in [0, 1), one value for each block; side and offset of the blocks differ between the images."""
-        sides = torch.tensor(BLOCKS, device=self.random["device"])
-        side = sides[torch.randint(len(BLOCKS), (self.n, 1, 2), **self.random)]
-        offset = torch.randint(size, (self.n, 1, 2), **self.random)
-        place = torch.arange(size, device=side.device).view(1, -1, 1)
-        index = (place + offset) // side - offset // side  # (n, size, 2), row and column of the block
         values = torch.rand(self.n, channels, size, size, **self.random)
-        values = values.gather(2, index[:, None, :, :1].expand(-1, channels, -1, size))
-        return values.gather(3, index[:, None, :, 1].unsqueeze(2).expand(-1, channels, size, -1))
+        sides = torch.tensor(BLOCKS, device=values.device)
+        side, offset = sides[self.integers(len(BLOCKS), 1, 2)], self.integers(size, 1, 2)
+        place = torch.arange(size, device=values.device).view(1, -1, 1)
+        return _taken(values, (place + offset) // side - offset // side)
+
+
+def _taken(images: Tensor, index: Tensor) -> Tensor:
+    """images[:, :, rows, columns] with rows and columns of each image's own: index (n, size, 2)."""
+    _, channels, size, _ = images.shape
+    images = images.gather(2, index[:, None, :, :1].expand(-1, channels, -1, size))
+    return images.gather(3, index[:, None, :, 1].unsqueeze(2).expand(-1, channels, size, -1))
 
 
 def _noisy(photos, draw):
@@ -88,7 +96,31 @@ def _patchwork(photos, draw):
     return torch.where(mask < draw.between(0.1, 0.9), photos[0], second)
 
 
-KINDS = (_noisy, _binary, _contrast, _blocks, _channels, _two_colours, _saturation, _patchwork)
+def _tiled(photos, draw):
+    """A piece of a photograph, or of noise of two values or of any, over and over."""
+    size = photos[0].shape[-1]
+    sides = torch.tensor(TILES, device=photos[0].device)
+    index = torch.arange(size, device=sides.device).view(1, -1, 1) % sides[draw.integers(len(TILES), 1, 2)]
+    noise = torch.rand(photos[0].shape, **draw.random)
+    noise = torch.where(draw.between(0, 1) < 0.5, noise, (noise > 0.5).float())
+    piece = torch.where(draw.between(0, 1) < 0.3, photos[0], noise)
+    return _taken(piece, index)
+
+
+def _ramps(photos, draw):
+    """From one colour to another along any direction; some so flat that they are one colour."""
+    size = photos[0].shape[-1]
+    line = torch.linspace(-0.5, 0.5, size, device=photos[0].device)
+    angle = draw.between(0, 2 * torch.pi)
+    share = 0.5 + angle.cos() * line.view(-1, 1) + angle.sin() * line
+    steep = draw.between(-0.5, 1).clamp(min=0)
+    return draw.between(0, 1, 3, 1, 1) + steep * share * draw.between(-1, 1, 3, 1, 1)
+
+
+KINDS = (
+    _noisy, _binary, _tiled, _blocks, _two_colours, _ramps,  # where the default batch has 16, these have two each
+    _contrast, _channels, _saturation, _patchwork,
+)  # fmt: skip
 
 
 @torch.no_grad()

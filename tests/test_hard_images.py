@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hard_images import KINDS, hard_images, pattern_images
+from hard_images import KINDS, TILES, hard_images, pattern_images
 
 
 def photos(count, size=32):
@@ -20,15 +20,15 @@ def drawn(count, seed=0, size=32):
 
 def test_the_generators_state_decides_them():
     assert torch.equal(drawn(16), drawn(16))
-    different = (drawn(16) != drawn(16, seed=1)).flatten(1).any(1)
-    assert different.tolist() == [i % len(KINDS) != 4 for i in range(16)]  # channels of three images draw nothing
+    different = (drawn(20) != drawn(20, seed=1)).flatten(1).any(1)
+    assert different.tolist() == [i % len(KINDS) != 7 for i in range(20)]  # channels of three images draw nothing
 
 
 @pytest.mark.parametrize("size", [8, 32])
 def test_each_kind_is_what_it_says(size):
     count = 30 * len(KINDS)
     images, sources = drawn(count, size=size).float(), photos(3 * count, size).float().unflatten(0, (3, count))
-    noisy, binary, contrast, blocks, channels, two_colours, saturation, patchwork = (
+    noisy, binary, tiled, blocks, two_colours, ramps, contrast, channels, saturation, patchwork = (
         slice(i, None, len(KINDS)) for i in range(len(KINDS))
     )
     added = (images[noisy] - sources[0][noisy]).abs().mean((1, 2, 3))  # of noise alone: 85 for uniform against grey
@@ -40,6 +40,18 @@ def test_each_kind_is_what_it_says(size):
     assert (images[contrast].std((1, 2, 3)) >= 0.99 * sources[0][contrast].std((1, 2, 3))).all()
     for i in range(3):
         assert torch.equal(images[channels][:, i], sources[i][channels][:, i])
+    for image in images[tiled]:
+        for dim in (1, 2):
+            sides = [
+                n
+                for n in TILES
+                if n < size and torch.equal(image.narrow(dim, n, size - n), image.narrow(dim, 0, size - n))
+            ]
+            assert sides or size < max(TILES)
+    bends = images[ramps].diff(n=2, dim=2).abs().flatten(1).amax(1)  # none but from rounding, and where colours end
+    assert ((bends <= 1) | ((images[ramps] == 0) | (images[ramps] == 255)).flatten(1).any(1)).all()
+    flat = (images[ramps].flatten(2).std(2) == 0).all(1).float().mean()
+    assert 0.1 < flat < 0.6
     chroma = (images[saturation].amax(1) - images[saturation].amin(1)).mean((1, 2))
     assert (chroma > 0.95 * (sources[0][saturation].amax(1) - sources[0][saturation].amin(1)).mean((1, 2))).all()
     saturated = ((images[blocks] == 0) | (images[blocks] == 255)).flatten(1).all(1)
@@ -60,6 +72,15 @@ def test_blocks_have_sides_of_1_to_16_pixels():
 def test_a_wrong_number_of_photographs_is_named():
     with pytest.raises(ValueError, match="2 hard images are made of 6 photographs, got 5"):
         hard_images(photos(5), 2, torch.Generator())
+
+
+def test_no_training_image_repeats_as_the_fixed_ones_do():
+    """Checkerboards and stripes of the fixed set have periods of 2, 4 or 8 pixels along both axes."""
+    fixed, images = pattern_images().float(), drawn(40 * len(KINDS))[2 :: len(KINDS)].float()
+    for period in (2, 4, 8):
+        repeats = [(x[:, :, :, period:] == x[..., :-period]).flatten(1).all(1) for x in (fixed, images)]
+        assert repeats[0][:6].any()
+        assert not repeats[1].any()
 
 
 def test_the_fixed_set_is_what_it_says():
