@@ -175,13 +175,14 @@ def test_layers_that_are_not_contiguous(triton_backend):
 def test_the_models_outputs_and_gradients_are_those_of_pytorchs_layers(triton_backend, nb, tiny):
     model, images = tiny(dim=32, num_lp=8), torch.rand(2, 3, 8, 8, device=DEVICE)
     model.to(DEVICE).precision, coords = torch.float16, nb.pixel_grid(8).to(DEVICE)
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("head.")}  # which these queries reach
     results = []
     for backend in ("torch", "triton"):
         scan_module.use_backend(backend, DEVICE)
         output = model(images, coords)
         loss = 100 * output.square().mean()
-        results.append((output, *torch.autograd.grad(loss, tuple(model.parameters()))))
-    names = ("output", *(name for name, _ in model.named_parameters()))
+        results.append((output, *torch.autograd.grad(loss, tuple(parameters.values()))))
+    names = ("output", *parameters)
     for name, of_torch, of_triton in zip(names, *results):
         assert relative_error(of_triton, of_torch) < 0.03, name
 
