@@ -8,13 +8,21 @@
 The training images are made of photographs and of patterns drawn at random; none of the fixed ones is among them.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 BLOCKS = (1, 1, 2, 4, 8, 16)  # pixels: sides of the blocks that patterns are made of
 TILES = (3, 5, 6, 7, 9, 12)  # pixels: sides of what is repeated; periods of 2, 4 and 8 are kept for testing
+
+
+@cache
+def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """The numbers as a tensor, copied once: each copy makes the processor wait for the GPU."""
+    return torch.tensor(numbers, device=device)
 
 
 class _Draws:
@@ -32,7 +40,7 @@ class _Draws:
     def blocks(self, channels: int, size: int) -> Tensor:
         """Uniform in [0, 1), one value for each block; side and offset of the blocks differ between the images."""
         values = torch.rand(self.n, channels, size, size, **self.random)
-        sides = torch.tensor(BLOCKS, device=values.device)
+        sides = _on(values.device, BLOCKS)
         side, offset = sides[self.integers(len(BLOCKS), 1, 2)], self.integers(size, 1, 2)
         place = torch.arange(size, device=values.device).view(1, -1, 1)
         return _taken(values, (place + offset) // side - offset // side)
@@ -99,7 +107,7 @@ def _patchwork(photos, draw):
 def _tiled(photos, draw):
     """A piece of a photograph, or of noise of two values or of any, over and over."""
     size = photos[0].shape[-1]
-    sides = torch.tensor(TILES, device=photos[0].device)
+    sides = _on(photos[0].device, TILES)
     index = torch.arange(size, device=sides.device).view(1, -1, 1) % sides[draw.integers(len(TILES), 1, 2)]
     noise = torch.rand(photos[0].shape, **draw.random)
     noise = torch.where(draw.between(0, 1) < 0.5, noise, (noise > 0.5).float())
@@ -170,15 +178,17 @@ def pattern_images(size: int = 32) -> Tensor:
         noise = 255 * rng.integers(0, 2, (8, size, size, channels))
         images += list(np.broadcast_to(noise, (8, size, size, 3)).astype(np.uint8))
     words = "Mamba", "GINR", "32 x 32", "pixel", "INR 60", "The fox", "E = mc", "lorem", "10 dB", "RGB!", "a b c", "#%?"
+    font = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)()  # pixels, alike everywhere
     for i, word in enumerate(words):
         paper, ink = ((255,) * 3, (0,) * 3) if i < 6 else (tuple(colour()), tuple(colour()))
         image = Image.new("RGB", (size, size), tuple(map(int, paper)))
         pen = ImageDraw.Draw(image)
         for line in range(3):
-            pen.text((1 - 3 * line, 1 + 10 * line), f"{word} {word}", fill=tuple(map(int, ink)))
+            place, colours = (1 - 3 * line, 1 + 10 * line), tuple(map(int, ink))
+            pen.text(place, f"{word} {word}", fill=colours, font=font)
         images.append(np.asarray(image))
-    blocks = 255 * rng.integers(0, 2, (8, size // 4, size // 4, 3), dtype=np.uint8)
-    images += list(blocks.repeat(4, 1).repeat(4, 2))
+    blocks = 255 * rng.integers(0, 2, (8, -(-size // 4), -(-size // 4), 3), dtype=np.uint8)
+    images += list(blocks.repeat(4, 1).repeat(4, 2)[:, :size, :size])
     for i in range(8):
         first, second = (0, 255) if i < 4 else (colour(), colour())
         share = (rows, columns, rows + columns, rows - columns + size - 1)[i % 4] / (size - 1) / (2 if i % 4 > 1 else 1)

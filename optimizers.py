@@ -70,13 +70,17 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        groups = self.param_groups
+        loss, groups = None, self.param_groups
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in groups:
             if group.get("muon"):
                 self._step_of_matrices(group)
         try:
             self.param_groups = [group for group in groups if not group.get("muon")]
-            return super().step(closure)
+            super().step()
+            return loss
         finally:
             self.param_groups = groups
 
@@ -125,7 +129,8 @@ class AdaptiveClip:
         norm = torch.nn.utils.get_total_norm(gradients)
         usual = torch.where(self.usual > 0, self.usual, norm)
         limit = self.ratio * usual
-        torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-30)).clamp(max=1.0))
+        factor = (limit / norm.clamp(min=1e-30)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), factor, 1.0))
         new = usual.lerp(torch.minimum(norm, limit), 0.01)
         self.usual.copy_(torch.where(torch.isfinite(norm), new, self.usual))
         return norm

@@ -46,17 +46,24 @@ def train(nb, train_step, sampler, s: SimpleNamespace) -> dict:
         if begun:
             begun.record()
         seen = torch.zeros(sampler.steps, 2, device=run.device)
-        for step in range(sampler.steps):
-            rate = nb.learning_rate(epoch * sampler.steps + step, total, warmup, s.LEARNING_RATE)
-            seen[step] = train_step(sampler(epoch, step), run.caution * rate)
-            run.record(seen[step])
-        if end:
-            end.record()
-        run.watch()
+        try:
+            for step in range(sampler.steps):
+                rate = nb.learning_rate(epoch * sampler.steps + step, total, warmup, s.LEARNING_RATE)
+                seen[step] = train_step(sampler(epoch, step), run.caution * rate)
+                run.record(seen[step])
+            run.watch()
+        except FloatingPointError as error:  # a result as well
+            print(error)
+            break
+        finally:
+            if end:
+                end.record()
         bad = (~torch.isfinite(seen)).any(1).nonzero().flatten().tolist()
         first = epoch * sampler.steps + bad[0] + 1 if bad and first is None else first
         lost += len(bad)
         run.epoch, run.step, run.watched = run.epoch + 1, 0, 0
+    if end:
+        end.synchronize()
     ms = begun.elapsed_time(end) / sampler.steps if begun else math.nan
     return {"not_finite": lost, "first": first, "returns": run.returns, "caution": run.caution, "ms_per_step": ms}
 

@@ -179,3 +179,19 @@ def test_gradients_are_clipped_at_a_multiple_of_their_usual_norm():
     parameter.grad = torch.full((3, 4), math.inf)
     clip([parameter])
     assert clip.usual.item() == usual
+    assert torch.isinf(parameter.grad).all()  # as they were
+
+
+def test_a_closure_comes_before_the_step():
+    (parameter,), target = made([(4, 6)]), torch.zeros(4, 6)
+    optimizer = Muon([{"params": [parameter], "muon": True}], 1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter - target).square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[1]

@@ -220,6 +220,9 @@ def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, c
     checkpoint["weights"] = weights | {"mixing.convolution.weight": torch.randn(4, 16, 3, 3)}
     torch.save(checkpoint, tmp_path / "old.pth")
     old, _ = nb.load_model(tmp_path / "old.pth")
+    torch.save({**checkpoint, "config": {"mixing_dim": 4}}, tmp_path / "poor.pth")
+    with pytest.raises(nb.CheckpointError, match="their configuration has no d_conv, d_state"):
+        nb.load_model(tmp_path / "poor.pth")
     assert "is from before the super-resolution head" in capsys.readouterr().out
     images, coords = torch.rand(2, 3, 8, 8), torch.rand(1, 5, 2)
     with torch.no_grad():
@@ -264,33 +267,104 @@ def test_a_run_that_fell_goes_back_and_on(nb, start, spoil_at, rate, tmp_path, c
     run = start(tmp_path)
     told = [line for line in capsys.readouterr().out.split("\n") if line.startswith("Step 5 of epoch 2: ")]
     assert len(told) == 1
-    assert "Back to the weights of step 0, and on at 0.5 of the rate." in told[0]
+    assert re.search(r"Back to the weights of step \d of epoch [12], and on at 0.5 of the rate.", told[0])
     assert len(run.history) == 3
     assert all(math.isfinite(row["psnr_mean"]) for row in run.history)
-    assert run.history[1]["psnr_mean"] == pytest.approx(run.history[0]["psnr_mean"], abs=1e-3)  # its weights again
     assert run.history[2]["psnr_mean"] > run.history[0]["psnr_mean"] - 1
     assert run.caution == pytest.approx(0.5 * 2**0.1)  # one good look since
+    assert (run.returns, run.falls) == (1, 0)
     assert all(torch.isfinite(t).all() for name, t in tensors(state_in(tmp_path)).items() if "losses" not in name)
 
 
-def test_what_comes_back_is_all_that_was(nb, tiny, batch_of, tmp_path):
-    model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), mosaics=2)
+@pytest.fixture
+def watched(nb, tiny, tmp_path):
+    """A run of the tiny model, its step, and its batches of noise; ``go(n, rate)`` trains on."""
+    images, model = torch.randint(0, 256, (80, 3, 8, 8), dtype=torch.uint8), tiny()
     step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 4.0, 0.99, 0.1), 2.0, False, decay=0.5)
-    run = nb.Run(step, 10, {}, tmp_path)
-    for _ in range(2):
-        run.record(step(batch, 1e-3))
+    sampler = nb.Sampler(images, 8, 2, 2, 64, seed=0)
+    run = nb.Run(step, 100, {}, tmp_path)
+
+    def go(count, rate=1e-3):
+        for _ in range(count):
+            run.record(step(sampler(0, run.step % sampler.steps), rate))
+
+    return run, step, go
+
+
+def test_what_comes_back_is_all_that_was_a_look_before(watched):
+    run, step, go = watched
+    go(25)
     run.watch()
     before = {name: tensor.clone() for name, tensor in step.tensors().items()}
     assert {name.split(".")[0] for name in before} == {"model", "average", "optimizer", "usual"}
+    go(25)
+    run.watch()
     assert run.caution == 1
-    run.record(step(batch, 1e6))
-    run.record(step(batch, 1e-3))
+    go(25, math.nan)
     run.watch()
     assert run.caution == 0.5
     assert [name for name, tensor in step.tensors().items() if not torch.equal(tensor, before[name])] == []
-    assert torch.isnan(run.losses[2:4]).all()
-    run.record(step(batch, 1e-3))
-    assert run.losses[4, 0] < run.losses[0, 0]
+    assert torch.isnan(run.losses[50:75]).all()
+    go(20)
+    run.watch()
+    assert run.losses[94, 0] < run.losses[0, 0]
+    assert (run.returns, run.falls) == (1, 0)
+
+
+def test_a_fall_just_before_a_look_does_not_ruin_the_run(watched, capsys):
+    run, _, go = watched
+    go(49)
+    run.watch()
+    go(1, 1.0)
+    run.watch()  # its loss is from before that step, so nothing can be seen yet
+    assert run.returns == 0
+    go(20)
+    run.watch()
+    assert run.returns == 1
+    assert "Back to the weights of step 49 of epoch 1, and on at 0.5 of the rate." in capsys.readouterr().out
+    go(20)
+    run.watch()
+    assert (run.returns, run.falls) == (1, 0)
+    assert run.losses[85:90, 0].mean() < 2 * run.losses[40:49, 0].mean()
+
+
+def test_falls_in_a_row_go_back_to_the_same_weights(watched, capsys):
+    run, step, go = watched
+    go(20), run.watch()
+    before = {name: tensor.clone() for name, tensor in step.tensors().items()}
+    go(20), run.watch()
+    for falls in (1, 2, 3):
+        go(10, math.nan), run.watch()
+        assert (run.falls, run.caution) == (falls, 0.5**falls)
+        assert [name for name, tensor in step.tensors().items() if not torch.equal(tensor, before[name])] == []
+    assert capsys.readouterr().out.count("Back to the weights of step 20 of epoch 1") == 3
+
+
+def test_a_head_that_is_not_finite_is_a_fall_too(watched):
+    run, step, go = watched
+    go(20), run.watch(), go(20), run.watch()
+    weights = step.model.head.to_rgb.weight.detach().clone()
+    with torch.no_grad():
+        step.model.head.of_map.weight.fill_(1e38)
+        step.model.head.to_rgb.weight.fill_(1e38)
+    go(5)
+    assert torch.isfinite(run.losses[40:45, 0]).all()
+    run.watch()
+    assert run.returns == 1
+    assert torch.isfinite(step.model.head.of_map.weight).all()
+    assert (step.model.head.to_rgb.weight - weights).abs().max() < 0.1
+
+
+def test_a_look_before_saving_does_not_count(watched):
+    run, _, go = watched
+    go(20), run.watch(), go(10, math.nan), run.watch()
+    caution, lowest = run.caution, run.lowest
+    go(5)
+    run.watch(saving=True)
+    assert (run.caution, run.lowest, run.falls, run.watched) == (caution, lowest, 1, 30)
+    go(5)
+    run.watch()
+    assert run.caution == pytest.approx(caution * 2**0.1)
 
 
 def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
@@ -301,6 +375,7 @@ def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
     run.record(first)
     run.record(step(batch, 1e-3))
     run.watch()
+    assert run.returns == 1
     assert torch.equal(step(batch, 1e-3), first)
 
 
@@ -615,6 +690,8 @@ def test_the_schedule_warms_up_and_ends_at_zero(nb):
         ({"WARMUP_EPOCHS": 3}, "WARMUP_EPOCHS = 3 must be less than EPOCHS = 3"),
         ({"EPOCHS": 0}, "must be less than EPOCHS = 0"),
         ({"SR_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 2 hard images and 8 mosaics: they must leave an image"),
+        ({"SR_QUERIES": 0}, "SR_QUERIES = 0: mosaics are asked for at least one"),
+        ({"GRADIENT_CLIP": 1.0}, "GRADIENT_CLIP = 1.0 must be over 1"),
         ({"HARD_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 8 hard images and 2 mosaics: they must leave an image"),
     ],
 )
