@@ -54,13 +54,13 @@ def train(nb, train_step, sampler, s: SimpleNamespace) -> dict:
             run.watch()
         except FloatingPointError as error:  # a result as well
             print(error)
-            break
-        finally:
-            if end:
-                end.record()
+        if end:
+            end.record()
         bad = (~torch.isfinite(seen)).any(1).nonzero().flatten().tolist()
         first = epoch * sampler.steps + bad[0] + 1 if bad and first is None else first
         lost += len(bad)
+        if run.falls >= 10:
+            break
         run.epoch, run.step, run.watched = run.epoch + 1, 0, 0
     if end:
         end.synchronize()
@@ -75,25 +75,23 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scan, _ = nb.use_backend(s.SCAN_BACKEND, device)
     data = nb.load_data(s.DATASET, s.DATA_DIR, s.HELD_OUT, images, 1, 0, device)
-    hard, mosaics = (round(share * s.BATCH_SIZE) for share in (s.HARD_FRACTION, s.SR_FRACTION))
     model = nb.MambaGINR(**nb.model_config).to(device)
     model.precision = getattr(torch, s.PRECISION)
-    optimizer = nb.make_optimizer(model, s.OPTIMIZER, s.LEARNING_RATE, s.MUON_RATIO, s.BETA2, s.WEIGHT_DECAY)
-    steps = s.EPOCHS * (len(data.train) // s.BATCH_SIZE)
-    decay = max(0.0, 1 - 1 / max(1.0, s.EMA_SHARE * steps))
-    compiled = s.COMPILE and (scan, device.type) == ("triton", "cuda")
-    train_step, rows = nb.TrainingStep(model, optimizer, s.GRADIENT_CLIP, compiled, s.LOG_LOSS, decay), []
+    s.COMPILE = s.COMPILE and (scan, device.type) == ("triton", "cuda")
+    sampler, train_step = nb.set_up(model, data.train, s)
+    rows = []
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     setup = {
         "device": where, "torch": torch.__version__, "data": data.name, "images": len(data.train), "preset": s.PRESET,
-        "optimizer": s.OPTIMIZER, "rate": s.LEARNING_RATE, "epochs": s.EPOCHS, "steps": steps,
+        "optimizer": s.OPTIMIZER, "rate": s.LEARNING_RATE, "epochs": s.EPOCHS, "steps": s.EPOCHS * sampler.steps,
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in setup.items()))
     print("seed   held out, dB: mean   worst   bit-exact   steps not finite (first)   returns   caution   ms/step")
     for seed in seeds:
         begin(nb, train_step, nb.model_config, seed)
         torch.set_float32_matmul_precision("high" if s.TF32 and device.type == "cuda" else "highest")
-        row = train(nb, train_step, nb.Sampler(data.train, s.BATCH_SIZE, hard, mosaics, s.SR_QUERIES, seed), s)
+        sampler.seed, sampler.epoch, sampler.ahead = seed, None, {}
+        row = train(nb, train_step, sampler, s)
         torch.set_float32_matmul_precision("highest")
         train_step.average.precision = torch.float32
         rows.append({"seed": seed, **row, **nb.evaluate(train_step.average, data.held_out, s.EVAL_BATCH), **setup})
