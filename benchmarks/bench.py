@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -179,10 +180,10 @@ def step_row(precision: str, compiled: bool, batch: int, mosaics: int) -> dict:
     """A training step of the notebook, from uint8 images on the device to new weights; ``mosaics`` of the batch are."""
     left = torch.cuda.memory_allocated() / 2**20 if ON_GPU else 0.0  # cuBLAS keeps a workspace for each stream so far
     nb, model = build_model(precision)
-    optimizer = nb.make_optimizer(model, "muon", 1e-3, 4.0, 0.99, 1e-4)
-    step = nb.TrainingStep(model, optimizer, 2.0, compiled, decay=0.998)
     images = torch.randint(0, 256, (64 * batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
-    sampler, steps = nb.Sampler(images, batch, batch // 4, mosaics, 2048, 0), itertools.count()
+    changes = {"BATCH_SIZE": batch, "SR_FRACTION": mosaics / batch, "COMPILE": compiled}
+    sampler, step = nb.set_up(model, images, SimpleNamespace(**{**nb.settings, **changes}))
+    steps = itertools.count()
     start = time.perf_counter()
     for _ in range(step.WARM_UP + 1):
         step(sampler(0, next(steps)), 1e-4).sum().item()

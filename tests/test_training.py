@@ -355,6 +355,18 @@ def test_a_head_that_is_not_finite_is_a_fall_too(watched):
     assert (step.model.head.to_rgb.weight - weights).abs().max() < 0.1
 
 
+def test_a_fall_before_an_interrupt_is_not_told_twice(nb, watched, tmp_path, capsys):
+    run, step, go = watched
+    go(20), run.watch(), go(10, math.nan), run.watch(), go(5)
+    run.save()
+    capsys.readouterr()
+    resumed = nb.Run(step, 100, {}, tmp_path)
+    assert (resumed.watched, resumed.returns, resumed.caution) == (30, 1, 0.5)
+    resumed.watch()
+    assert (resumed.returns, resumed.falls) == (1, 0)
+    assert "Back to the weights" not in capsys.readouterr().out
+
+
 def test_a_look_before_saving_does_not_count(watched):
     run, _, go = watched
     go(20), run.watch(), go(10, math.nan), run.watch()
