@@ -77,7 +77,7 @@ def _binary(photos, draw):
     share = draw.between(0.1, 0.9)
     coloured, grey = (draw.blocks(c, photos[0].shape[-1]) for c in (3, 1))
     noise = torch.where(draw.between(0, 1) < 0.5, coloured, grey)
-    return torch.where(noise < share, draw.between(0, 0.4), draw.between(0.6, 1))
+    return torch.where(noise < share, draw.between(-0.4, 0.4), draw.between(0.6, 1.4))  # half of them black or white
 
 
 def _blocks(photos, draw):

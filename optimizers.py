@@ -52,17 +52,17 @@ def orthogonalise(updates: list[Tensor], dtype: torch.dtype = torch.bfloat16, st
 class Muon(torch.optim.AdamW):
     """Groups with ``"muon": True`` by Muon, all others by AdamW (``torch.optim.AdamW``, all its arguments).
 
-    Of a matrix (rows, columns), in float32, with r = ratio · lr: m ← m + (1 − momentum) (g − m),
+    Of a matrix (rows, columns), in float32, with r = lr: m ← m + (1 − momentum) (g − m),
     u = g + momentum (m − g), W ← (1 − r · weight_decay) W − r · 0.2 √max(rows, columns) · orthogonalise(u).
-    With ``ratio`` 1 the factor gives an update the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    The factor gives an update the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
 
     A ``torch.amp.GradScaler`` that finds a gradient which is not finite leaves the whole step out, as with AdamW.
     ValueError if a group for Muon holds anything but matrices.
     """
 
-    def __init__(self, groups: list[dict], lr, ratio: float = 1.0, momentum: float = 0.95, **adamw):
+    def __init__(self, groups: list[dict], lr, momentum: float = 0.95, **adamw):
         super().__init__(groups, lr=lr, **adamw)
-        self.ratio, self.momentum = ratio, momentum
+        self.momentum = momentum
         for group in self.param_groups:
             shapes = [tuple(p.shape) for p in group["params"] if group.get("muon") and p.dim() != 2]
             if shapes:
@@ -102,7 +102,7 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"].lerp_(gradient, (1 - self.momentum) * counts)
             updates.append(gradient.lerp_(state["momentum_buffer"], self.momentum))
         dtype = torch.bfloat16 if updates and updates[0].is_cuda else torch.float32
-        rate = self.ratio * group["lr"] * counts
+        rate = group["lr"] * counts
         for parameters, update, direction in zip(stacks.values(), updates, orthogonalise(updates, dtype)):
             update.copy_(direction).mul_(-0.2 * math.sqrt(max(parameters[0].shape)) * rate)
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])

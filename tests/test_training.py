@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
     "WEIGHT_DECAY": 1e-4, "GRADIENT_CLIP": 2.0, "LOG_LOSS": True, "EMA_SHARE": 0.15, "SEED": 0, "COMPILE": False,
     "PRESET": "residual", "HARD_FRACTION": 0.25, "SR_FRACTION": 0.25, "SR_QUERIES": 64, "OPTIMIZER": "muon",
-    "MUON_RATIO": 4.0,
+    "MUON_DECAY": 0.1,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
 
@@ -93,6 +94,35 @@ def test_resumed_equals_uninterrupted_bit_for_bit(start, interrupt_at, tmp_path)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert without_times(parts.history) == without_times(whole.history)
     assert len(whole.history) == SETTINGS["EPOCHS"]
+
+
+def test_a_state_is_written_aside_and_what_fails_is_told(nb, monkeypatch, tmp_path):
+    begun, let_go = threading.Event(), threading.Event()
+    write = nb.save_atomically
+
+    def slowly(path, write_to):
+        begun.set()
+        assert let_go.wait(60)
+        write(path, write_to)
+
+    monkeypatch.setattr(nb, "save_atomically", slowly)
+    saver, weights = nb.Saver(tmp_path / "state.pth"), torch.zeros(3)
+    saver.save({"weights": weights})
+    assert begun.wait(60)
+    weights += 1  # the next step
+    assert not saver.path.exists()
+    let_go.set()
+    saver.close()
+    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [0, 0, 0]
+
+    def fails(path, write_to):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nb, "save_atomically", fails)
+    saver.save({"weights": weights})
+    with pytest.raises(OSError, match="disk full"):
+        saver.save({"weights": weights})
+    saver.close()
 
 
 def test_a_finished_run_is_read_back_not_repeated(nb, start, monkeypatch, tmp_path):
@@ -280,7 +310,7 @@ def test_a_run_that_fell_goes_back_and_on(nb, start, spoil_at, rate, tmp_path, c
 def watched(nb, tiny, tmp_path):
     """A run of the tiny model, its step, and its batches of noise; ``go(n, rate)`` trains on."""
     images, model = torch.randint(0, 256, (80, 3, 8, 8), dtype=torch.uint8), tiny()
-    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 4.0, 0.99, 0.1), 2.0, False, decay=0.5)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False, decay=0.5)
     sampler = nb.Sampler(images, 8, 2, 2, 64, seed=0)
     run = nb.Run(step, 100, {}, tmp_path)
 
@@ -359,6 +389,7 @@ def test_a_fall_before_an_interrupt_is_not_told_twice(nb, watched, tmp_path, cap
     run, step, go = watched
     go(20), run.watch(), go(10, math.nan), run.watch(), go(5)
     run.save()
+    run.saver.close()
     capsys.readouterr()
     resumed = nb.Run(step, 100, {}, tmp_path)
     assert (resumed.watched, resumed.returns, resumed.caution) == (30, 1, 0.5)
@@ -381,7 +412,7 @@ def test_a_look_before_saving_does_not_count(watched):
 
 def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
     model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
-    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 4.0, 0.99, 0.1), 2.0, False)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
     run = nb.Run(step, 10, {}, tmp_path)
     first = step(batch, math.nan)
     run.record(first)
@@ -393,7 +424,7 @@ def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
 
 def test_a_step_that_is_not_finite_changes_nothing(nb, tiny, batch_of):
     model, batch = tiny(dim=128, d_state=2), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), mosaics=2)
-    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 4.0, 0.99, 0.1), 2.0, False)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
     step(batch, 1e-3)
     before = {name: tensor.clone() for name, tensor in step.tensors().items()}
     spoilt = batch._replace(rgb=batch.rgb * math.inf)  # the finer pixels' loss alone
@@ -464,7 +495,7 @@ def test_eight_images_are_learnt_past_40_db(nb):
     torch.manual_seed(0)
     images = nb.load_photos(12)[1][100:1300:150][:8]
     model = nb.MambaGINR(image_size=12, dim=64, depth=1, d_state=8, num_lp=36, decoder_dim=128, fourier_std=5.0)
-    optimizer = nb.make_optimizer(model, "adamw", 1e-3, 1.0, 0.99, 0.0)
+    optimizer = nb.make_optimizer(model, "adamw", 1e-3, 0.99, 0.0, 0.1)
     (images, target), coords = nb.to_batch(images), nb.pixel_grid(12)
     for step in range(500):
         for group in optimizer.param_groups:
@@ -481,7 +512,7 @@ def test_eight_images_are_learnt_past_40_db(nb):
 def test_the_rate_of_a_step_is_the_one_asked_for(nb, tiny, batch_of):
     model, batch = tiny(), batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 1.0, 0.99, 0.1), 1.0, compiled=False)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1.0, compiled=False)
     loss = step(batch, 0.0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(step(batch, 1e-3), loss)
@@ -492,7 +523,7 @@ def test_what_is_evaluated_is_an_average_of_the_weights(nb, tiny, batch_of):
     model, batch = tiny(), batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), mosaics=1)
     expected = [p.detach().clone() for p in model.parameters()]
     step = nb.TrainingStep(
-        model, nb.make_optimizer(model, "muon", 1.0, 1.0, 0.99, 0.1), 1.0, compiled=False, decay=0.75
+        model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1.0, compiled=False, decay=0.75
     )
     for _ in range(3):
         step(batch, 1e-2)
@@ -506,7 +537,7 @@ def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tin
     batch, losses, gradients = batch_of(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)), [], []
     for log_loss in (False, True):
         model = tiny()
-        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 1.0, 0.99, 0.1), 1e9, False, log_loss)
+        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1e9, False, log_loss)
         losses.append(step(batch, 0.0))
         trained = [p for p in model.parameters() if p.grad is not None]  # not the head, which mosaics train
         gradients.append([p.grad * (losses[-1][0] if log_loss else 1) for p in trained])
@@ -529,7 +560,7 @@ def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeyp
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, device=device)
     batch = batch_of(images, mosaics=2)
     model.precision = torch.bfloat16
-    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 1.0, 0.99, 0.1), 1.0, compiled=False)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 1.0, compiled=False)
     losses, gradients = [], []
     for errors_of in (torch.compile(step.errors, backend="aot_eager", fullgraph=True), step.errors):
         model.zero_grad()
@@ -552,7 +583,7 @@ def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision, decoder):
     for compiled in (False, True):
         model = tiny(decoder=decoder).cuda()
         model.precision = precision
-        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 1.0, 0.99, 0.1), 1.0, compiled)
+        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 1.0, compiled)
         losses.append(torch.stack([step(sampler(0, i), 1e-3 * (i + 1) / 8).clone() for i in range(8)]))
         assert (step.graph is not None) == compiled
     assert torch.allclose(*losses, atol=0, rtol=2e-3 if precision == torch.float16 else 1e-4)
@@ -657,7 +688,7 @@ def test_finer_pixels_train_the_head_alone(nb, tiny, batch_of):
     for mosaics in (0, 4):
         batch, model = batch_of(images, mosaics), tiny()
         batch = batch._replace(images=images[:4])
-        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 1.0, 0.99, 0.1), 1e9, False)
+        step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1e9, False)
         mse, finer = step(batch, 0.0)
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         assert (0 < mse != finer > 0) if mosaics else finer == 0
@@ -667,21 +698,54 @@ def test_finer_pixels_train_the_head_alone(nb, tiny, batch_of):
     assert with_mosaics["head.to_rgb.weight"].abs().max() > 0
 
 
+def test_beyond_black_and_white_nothing_is_missing(nb):
+    rgb = torch.tensor([-0.2, 0.3, 1.4, -0.2, 0.3, 1.4, -0.2, 0.3, 1.4], requires_grad=True)
+    target = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
+    missing = nb.shortfall(rgb, target)
+    assert missing.tolist() == pytest.approx([0, 0.3, 1.4, -0.7, -0.2, 0.9, -1.2, -0.7, 0])
+    missing.square().mean().backward()
+    assert (rgb.grad == 0).tolist() == [True, *[False] * 7, True]  # also far on the wrong side there is a gradient
+
+
+def test_colours_are_clamped_before_they_are_scored(nb, tiny):
+    model, images = tiny(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[1] = 255
+    for bias, first, second in ((-3.0, 100.0, 0.0), (3.0, 0.0, 100.0)):
+        with torch.no_grad():
+            model.decoder.to_rgb.weight.zero_()
+            model.decoder.to_rgb.bias.fill_(bias)
+        each = [nb.evaluate(model, images[i : i + 1], 2) for i in range(2)]
+        assert [row["psnr_mean"] for row in each] == pytest.approx([first, second])
+        assert [row["bit_exact_share"] for row in each] == [first == 100, second == 100]
+        assert (nb.decode_grid(model, model.encode(images / 255), 8, 64) == (bias > 0)).all()
+
+
+def test_images_without_an_error_train_on(nb, tiny, batch_of):
+    model, batch = tiny(), batch_of(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+    with torch.no_grad():
+        model.decoder.to_rgb.weight.zero_()
+        model.decoder.to_rgb.bias.fill_(-1.0)
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
+    assert step(batch, 1e-3)[0] == 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_parameters_go_to_the_optimizer_that_is_theirs(nb):
     model = nb.MambaGINR(dim=128, depth=1, decoder_blocks=1)
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer, groups in (("muon", 3), ("adamw", 2)):
-        made = nb.make_optimizer(model, optimizer, 1e-3, 4.0, 0.99, 0.1).param_groups
+        made = nb.make_optimizer(model, optimizer, 1e-3, 0.99, 0.1, 0.3).param_groups
         assert len(made) == groups
         assert sum(len(g["params"]) for g in made) == len(names)
         for group in made:
             for p in group["params"]:
                 spared = p.dim() < 2 or "A_log" in names[id(p)] or names[id(p)] == "lp.tokens"
-                assert group["weight_decay"] == (0.0 if spared else 0.1), names[id(p)]
                 matrix = p.dim() == 2 and min(p.shape) >= 128 and not spared
-                assert bool(group.get("muon")) == (matrix and optimizer == "muon"), names[id(p)]
+                muon = matrix and optimizer == "muon"
+                assert bool(group.get("muon")) == muon, names[id(p)]
+                assert group["weight_decay"] == (0.0 if spared else 0.3 if muon else 0.1), names[id(p)]
     with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
-        nb.make_optimizer(model, "sgd", 1e-3, 4.0, 0.99, 0.1)
+        nb.make_optimizer(model, "sgd", 1e-3, 0.99, 0.1, 0.1)
 
 
 def test_the_schedule_warms_up_and_ends_at_zero(nb):
