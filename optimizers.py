@@ -52,8 +52,8 @@ def orthogonalise(updates: list[Tensor], dtype: torch.dtype = torch.bfloat16, st
 class Muon(torch.optim.AdamW):
     """Groups with ``"muon": True`` by Muon, all others by AdamW (``torch.optim.AdamW``, all its arguments).
 
-    Of a matrix (rows, columns), in float32, with r = lr: m ← m + (1 − momentum) (g − m),
-    u = g + momentum (m − g), W ← (1 − r · weight_decay) W − r · 0.2 √max(rows, columns) · orthogonalise(u).
+    Of a matrix (rows, columns), in float32: m ← m + (1 − momentum) (g − m), u = g + momentum (m − g),
+    W ← (1 − lr · weight_decay) W − lr · 0.2 √max(rows, columns) · orthogonalise(u).
     The factor gives an update the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
 
     A ``torch.amp.GradScaler`` that finds a gradient which is not finite leaves the whole step out, as with AdamW.

@@ -96,7 +96,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(start, interrupt_at, tmp_path)
     assert len(whole.history) == SETTINGS["EPOCHS"]
 
 
-def test_a_state_is_written_aside_and_what_fails_is_told(nb, monkeypatch, tmp_path):
+def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeypatch, tmp_path):
     begun, let_go = threading.Event(), threading.Event()
     write = nb.save_atomically
 
@@ -121,8 +121,14 @@ def test_a_state_is_written_aside_and_what_fails_is_told(nb, monkeypatch, tmp_pa
     monkeypatch.setattr(nb, "save_atomically", fails)
     saver.save({"weights": weights})
     with pytest.raises(OSError, match="disk full"):
+        saver.close()
+    saver.save({"weights": weights})
+    saver.pending.exception()  # waits for it
+    monkeypatch.setattr(nb, "save_atomically", write)  # there is room again
+    with pytest.raises(OSError, match="disk full"):
         saver.save({"weights": weights})
     saver.close()
+    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [1, 1, 1]
 
 
 def test_a_finished_run_is_read_back_not_repeated(nb, start, monkeypatch, tmp_path):
@@ -408,6 +414,17 @@ def test_a_look_before_saving_does_not_count(watched):
     go(5)
     run.watch()
     assert run.caution == pytest.approx(caution * 2**0.1)
+
+
+def test_near_zero_a_rise_is_no_fall(nb, tiny, batch_of, tmp_path):
+    model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
+    step(batch, 1e-3)
+    run = nb.Run(step, 300, {}, tmp_path)
+    for losses, returns in (([0.0] * 100, 0), ([0.0, 1e-8, 3e-7] * 33 + [0.0], 0), ([1e-5] * 100, 1)):
+        for loss in losses:
+            run.record(torch.full((2,), loss))
+        assert run.returns == returns
 
 
 def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
