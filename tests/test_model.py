@@ -238,7 +238,7 @@ def test_psnr_is_scikit_images(nb):
 
 def test_evaluate_reports_each_number_as_defined(nb, tiny):
     class Constant(torch.nn.Module):
-        image_size = 8
+        own_coords = nb.pixel_grid(8)
 
         def forward(self, images, coords):
             return images.flatten(2).transpose(1, 2) + offset[: len(images)]

@@ -985,6 +985,9 @@ class Interpolation(torch.nn.Module):
         colours = torch.nn.functional.grid_sample(latents, grid, "bilinear", "border", align_corners=False)
         return colours[:, :, 0].transpose(1, 2)
 
+    def own_pixels(self, latents, chunk=None):
+        return self.decode(latents, self.own_coords, chunk).transpose(1, 2).unflatten(2, (8, 8))
+
     def decode_finer(self, latents, own, coords, cell, chunk=None):
         assert torch.allclose(own, latents, atol=1e-6)
         return self.decode(latents, coords, chunk, cell.item())
