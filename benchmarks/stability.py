@@ -4,7 +4,8 @@
     python benchmarks/stability.py --seeds 8 --rate 2    # at twice the rate
     MAMBA_GINR_PRESET=scent python benchmarks/stability.py --seeds 4
 
-Settings are those of cell 10, and what the environment sets of them. The step is compiled and captured once, and each
+Settings are those of cell 10, and what the environment sets of them, but for EPOCHS, WARMUP_EPOCHS (1) and
+MAX_TRAIN_IMAGES, which are options here. The step is compiled and captured once, and each
 seed begins with weights of its own and an optimizer that remembers nothing; the batches are the seed's, too. Prints a
 row for each seed and their spread, and adds the rows to --out as JSON lines.
 """
@@ -34,7 +35,8 @@ def begin(nb, train_step, config: dict, seed: int) -> None:
         part, _, key = name.partition(".")
         tensor.copy_(fresh[key]) if part in ("model", "average") else tensor.zero_()
     if train_step.calls and train_step.model.precision == torch.float16:
-        train_step.scaler.update(2.0**16)
+        state = {**train_step.scaler.state_dict(), "scale": 2.0**16, "_growth_tracker": 0}
+        train_step.scaler.load_state_dict(state)  # in place: the captured step reads them where they are
 
 
 def train(nb, train_step, sampler, s: SimpleNamespace) -> dict:
@@ -64,7 +66,7 @@ def train(nb, train_step, sampler, s: SimpleNamespace) -> dict:
         run.epoch, run.step, run.watched = run.epoch + 1, 0, 0
     if end:
         end.synchronize()
-    ms = begun.elapsed_time(end) / sampler.steps if begun else math.nan
+    ms = begun.elapsed_time(end) / sampler.steps if begun else None
     return {"not_finite": lost, "first": first, "returns": run.returns, "caution": run.caution, "ms_per_step": ms}
 
 
@@ -99,7 +101,7 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
         print(
             f"{seed:4d} {row['psnr_mean']:20.2f} {row['psnr_worst']:7.2f} {row['bit_exact_share']:11.2%} "
             f"{row['not_finite']:18d} ({row['first']}) {row['returns']:11d} {row['caution']:9.2g} "
-            f"{row['ms_per_step']:9.2f}",
+            f"{row['ms_per_step'] or math.nan:9.2f}",
             flush=True,
         )
         if out:

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hard_images import KINDS, TILES, hard_images, pattern_images
+from hard_images import KINDS, TILES, _channels, hard_images, pattern_images
 
 
 def photos(count, size=32):
@@ -36,7 +36,8 @@ def test_each_kind_is_what_it_says(size):
     added = (images[noisy] - sources[0][noisy]).abs().mean((1, 2, 3))  # of noise alone: 85 for uniform against grey
     assert added.min() < 25
     assert added.max() > 70
-    for row in images[binary]:
+    drawn_anew = (images != sources[0]).flatten(1).any(1)  # black and white ones are their photographs again
+    for row in images[binary][drawn_anew[binary]]:
         assert all(len(channel.unique()) <= 2 for channel in row)
     assert all(len(image.flatten(1).unique(dim=1).T) <= 2 for image in images[two_colours])
     assert (images[contrast].std((1, 2, 3)) >= 0.99 * sources[0][contrast].std((1, 2, 3))).all()
@@ -74,6 +75,26 @@ def test_blocks_have_sides_of_1_to_16_pixels():
 def test_a_wrong_number_of_photographs_is_named():
     with pytest.raises(ValueError, match="2 hard images are made of 6 photographs, got 5"):
         hard_images(photos(5), 2, torch.Generator())
+
+
+def test_few_images_take_their_kinds_in_turn():
+    sources = photos(3 * 8)
+    for first in (0, 8, 16):
+        images = hard_images(sources, 8, torch.Generator().manual_seed(0), first)
+        where = (KINDS.index(_channels) - first) % len(KINDS)  # the one kind that draws nothing
+        expected = torch.stack([sources[8 * i + where, i] for i in range(3)]) if where < 8 else None
+        assert [expected is not None and torch.equal(image, expected) for image in images] == [
+            i == where for i in range(8)
+        ]
+
+
+def test_black_and_white_are_kept_for_testing():
+    """Each of these draws made an image of one of them, from blocks of 16 pixels."""
+    for seed, extreme in ((109, 0), (640, 255), (1036, 255)):
+        sources = photos(3 * 16)
+        images = hard_images(sources, 16, torch.Generator().manual_seed(seed))
+        assert not (images == extreme).flatten(1).all(1).any()
+        assert (images == sources[:16]).flatten(1).all(1).any()
 
 
 def test_no_training_image_repeats_as_the_fixed_ones_do():

@@ -308,6 +308,18 @@ def test_a_patch_size_that_does_not_fit(tiny):
         tiny(patch_size=3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{name: 0} for name in ("depth", "d_state", "d_conv", "expand", "decoder_dim", "head_dim", "head_hidden")]
+    + [{"decoder": "scent", "decoder_blocks": 0}, {"decoder": "hybrid", "decoder_blocks": -1}],
+    ids=str,
+)
+def test_a_model_without_a_part_is_named(tiny, changes):
+    name, value = list(changes.items())[-1]
+    with pytest.raises(ValueError, match=f"^{name} = {value}: at least 1"):
+        tiny(**changes)
+
+
 def test_the_default_model_has_the_sizes_of_the_figure(nb):
     model = nb.MambaGINR()
     shapes = {}
