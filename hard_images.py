@@ -132,13 +132,13 @@ KINDS = (
 
 
 @torch.no_grad()
-def hard_images(photos: Tensor, count: int, generator: torch.Generator, first: int = 0) -> Tensor:
+def hard_images(photos: Tensor, count: int, generator: torch.Generator, batch: int = 0) -> Tensor:
     """``count`` hard images, of the kinds in turn, from three times as many photographs.
 
     Args:
         photos: uint8 (3 · count, 3, S, S), on the generator's device.
         generator: what is drawn depends on its state only.
-        first: the kind that the turn begins with, counted round.
+        batch: its number. Where ``count`` is too small for all kinds, a batch goes on with those after the last one's.
 
     Returns:
         uint8 (count, 3, S, S). ValueError for another number of photographs.
@@ -146,6 +146,7 @@ def hard_images(photos: Tensor, count: int, generator: torch.Generator, first: i
     if len(photos) != 3 * count:
         raise ValueError(f"{count} hard images are made of {3 * count} photographs, got {len(photos)}")
     sources, images = (photos.float() / 255).unflatten(0, (3, count)), torch.empty_like(photos[:count])
+    first = batch * count if count < len(KINDS) else 0
     for i in range(min(count, len(KINDS))):
         kind, own = KINDS[(first + i) % len(KINDS)], sources[:, i :: len(KINDS)]
         drawn = kind(tuple(own), _Draws(own.shape[1], generator))
