@@ -2,7 +2,7 @@
 
     python benchmarks/stability.py --seeds 20            # the default recipe: 6 epochs of 24,000 images, one of warm-up
     python benchmarks/stability.py --seeds 8 --rate 2    # at twice the rate
-    MAMBA_GINR_PRESET=scent python benchmarks/stability.py --seeds 4
+    MAMBA_GINR_DECODER=scent python benchmarks/stability.py --seeds 4
 
 Settings are those of cell 10, and what the environment sets of them, but for EPOCHS, WARMUP_EPOCHS (1) and
 MAX_TRAIN_IMAGES, which are options here. The step is compiled and captured once, and each
@@ -84,7 +84,7 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
     rows = []
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     setup = {
-        "device": where, "torch": torch.__version__, "data": data.name, "images": len(data.train), "preset": s.PRESET,
+        "device": where, "torch": torch.__version__, "data": data.name, "images": len(data.train), "decoder": s.DECODER,
         "optimizer": s.OPTIMIZER, "rate": s.LEARNING_RATE, "epochs": s.EPOCHS, "steps": s.EPOCHS * sampler.steps,
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in setup.items()))

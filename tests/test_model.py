@@ -259,7 +259,7 @@ def test_evaluate_does_not_depend_on_the_batch(nb, tiny):
     assert whole == pytest.approx(parts, abs=1e-3)
 
 
-DECODERS = pytest.mark.parametrize("decoder", ["residual", "gaussian", "scent", "hybrid"])
+DECODERS = pytest.mark.parametrize("decoder", ["lainr", "gaussian", "scent", "hybrid"])
 
 
 @DECODERS
@@ -356,7 +356,7 @@ def test_the_cell_says_who_answers(nb, tiny):
     with torch.no_grad():
         plain, model = tiny().eval(), trained(tiny())
         assert torch.equal(model(images, coords), plain(images, coords))  # the decoder, without the head
-        finer = [model(images, coords, cell) for cell in (1 / 12, 1 / 16, 1 / 32, 1 / 64)]
+        finer = [model(images, coords, width) for width in (1 / 12, 1 / 16, 1 / 32, 1 / 64)]
         assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(finer))
         each = model(images, coords, torch.tensor([1 / 16, 1 / 8]))
         assert torch.allclose(each[0], finer[1][0], atol=1e-6)
@@ -439,7 +439,7 @@ def test_without_an_lp_token_to_a_patch_the_head_reads_the_pixels_alone(nb, tiny
 
 
 def test_an_unknown_decoder_is_named(tiny):
-    with pytest.raises(ValueError, match="decoder = 'siren': choose one of residual, gaussian, scent, hybrid"):
+    with pytest.raises(ValueError, match="decoder = 'siren': choose one of lainr, gaussian, scent, hybrid"):
         tiny(decoder="siren")
 
 

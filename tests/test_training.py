@@ -21,7 +21,7 @@ from selective_scan import triton
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
     "WEIGHT_DECAY": 1e-4, "GRADIENT_CLIP": 2.0, "LOG_LOSS": True, "EMA_SHARE": 0.15, "SEED": 0, "COMPILE": False,
-    "PRESET": "residual", "HARD_FRACTION": 0.25, "SR_FRACTION": 0.25, "SR_QUERIES": 64, "OPTIMIZER": "muon",
+    "DECODER": "lainr", "HARD_FRACTION": 0.25, "SR_FRACTION": 0.25, "SR_QUERIES": 64, "OPTIMIZER": "muon",
     "MUON_DECAY": 0.1,
 }  # fmt: skip
 STEPS = 5  # an epoch of 44 images
@@ -271,6 +271,15 @@ def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, c
         pixels = own.transpose(1, 2).unflatten(2, (8, 8))
         spline = model.head.spline(pixels, coords, torch.tensor([1 / 32]))
         assert torch.allclose(old(images, coords[0], 1 / 32), spline, atol=1e-6)
+
+
+def test_weights_that_call_the_decoder_residual_load(nb, tiny, tmp_path):
+    model = tiny()
+    model.config = {**model.config, "decoder": "residual"}
+    nb.save_model(tmp_path / "old.pth", model, {}, {})
+    old, checkpoint = nb.load_model(tmp_path / "old.pth")
+    assert old.config["decoder"] == checkpoint["config"]["decoder"] == "lainr"
+    assert torch.equal(old.decoder.to_rgb.weight, model.decoder.to_rgb.weight)
 
 
 @pytest.mark.parametrize(
@@ -642,7 +651,7 @@ def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tin
 
 
 @pytest.mark.skipif(triton is None, reason="needs Triton")
-@pytest.mark.parametrize("decoder", ["residual", "hybrid"])
+@pytest.mark.parametrize("decoder", ["lainr", "hybrid"])
 def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeypatch):
     # Nothing is known of the machine yet, so that the scan is tried while the model is compiled.
     monkeypatch.setattr(scan_module, "_faults", {})
@@ -669,7 +678,7 @@ def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeyp
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("decoder", ["residual", "gaussian", "scent", "hybrid"])
+@pytest.mark.parametrize("decoder", ["lainr", "gaussian", "scent", "hybrid"])
 def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision, decoder):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8).cuda()
@@ -755,7 +764,7 @@ def test_the_finer_pixels_of_a_batch_are_those_of_its_mosaics(nb):
         index = (pixel[..., 0] * 32 + pixel[..., 1]).unsqueeze(-1).expand(-1, -1, 3)
         colours = batch.mosaics.flatten(2).transpose(1, 2).gather(1, index) / 255
         assert torch.allclose(batch.rgb, colours, atol=1e-6)
-        assert [round(1 / (32 * cell)) for cell in batch.cell.tolist()] == [2, 4, 2]
+        assert [round(1 / (32 * width)) for width in batch.pixel_width.tolist()] == [2, 4, 2]
 
 
 def test_mosaics_are_turned_and_mirrored_in_turn(nb):
@@ -926,6 +935,25 @@ def test_a_wrong_setting_says_what_is_valid(nb, name, value, message):
         nb.settings_from_environment(DEFAULTS, {f"MAMBA_GINR_{name}": value})
 
 
+def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys):
+    column = {
+        "EPOCHS": 40,
+        "EVAL_BATCH": 8,
+        "QUERY_CHUNK": 8,
+        "DIM": 256,
+        "RATE": 2e-3,
+        "OPTIMIZER": "adamw",
+        "SMALL": 1,
+    }
+    choices = {"OPTIMIZER": {"muon": {}, "adamw": {"RATE": 1e-3, "DIM": 128}}, "SMALL": {1: {"DIM": 64, "EPOCHS": 5}}}
+    others = {"DECODERS": {}, "lower": 3}  # neither a table nor another name is a setting
+    settings = nb.choose_settings({**column, **others}, choices, {"MAMBA_GINR_EPOCHS": "7"})
+    assert settings == {**column, "DIM": 64, "RATE": 1e-3, "EPOCHS": 7}
+    assert capsys.readouterr().out == "OPTIMIZER = adamw sets RATE = 0.001, DIM = 128.\n"
+    with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
+        nb.choose_settings(column, choices, {"MAMBA_GINR_OPTIMIZER": "sgd"})
+
+
 def write_images(folder, counts, size=(32, 32), mode="RGB"):
     rng = np.random.default_rng(0)
     for place, count in counts.items():
@@ -1059,7 +1087,7 @@ def test_at_whole_multiples_a_picture_averages_back_to_its_pixels(nb, tiny, scal
         own = nb.decode_grid(model, latents, 8, 100)
         assert torch.allclose(own, nb.decode_grid(model, latents, 8, 7), atol=1e-5)
         pictures = nb.decode_grid(model, latents, 8 * scale, 100)
-        plain = model.decode(latents, nb.pixel_grid(8 * scale), cell=1 / (8 * scale)).transpose(1, 2)
+        plain = model.decode(latents, nb.pixel_grid(8 * scale), pixel_width=1 / (8 * scale)).transpose(1, 2)
     back = torch.nn.functional.avg_pool2d(pictures, scale)
     assert torch.allclose(back, own, atol=1e-5)
     assert (plain.unflatten(2, pictures.shape[2:]) - pictures).abs().max() > 1e-3  # without that they do not
@@ -1072,14 +1100,14 @@ class Interpolation(torch.nn.Module):
 
     def __init__(self, spline=None):
         super().__init__()
-        self.lp, self.head, self.cells = SimpleNamespace(tokens=torch.zeros(1)), SimpleNamespace(spline=spline), set()
+        self.lp, self.head, self.widths = SimpleNamespace(tokens=torch.zeros(1)), SimpleNamespace(spline=spline), set()
         self.own_coords = torch.cartesian_prod(*2 * [(torch.arange(8) + 0.5) / 8])
 
     def encode(self, images):
         return images
 
-    def decode(self, latents, coords, chunk=None, cell=None):
-        self.cells.add(cell)
+    def decode(self, latents, coords, chunk=None, pixel_width=None):
+        self.widths.add(pixel_width)
         grid = 2 * coords.flip(-1).expand(len(latents), 1, -1, -1) - 1
         colours = torch.nn.functional.grid_sample(latents, grid, "bilinear", "border", align_corners=False)
         return colours[:, :, 0].transpose(1, 2)
@@ -1087,9 +1115,9 @@ class Interpolation(torch.nn.Module):
     def own_pixels(self, latents, chunk=None):
         return self.decode(latents, self.own_coords, chunk).transpose(1, 2).unflatten(2, (8, 8))
 
-    def decode_finer(self, latents, own, coords, cell, chunk=None):
+    def decode_finer(self, latents, own, coords, pixel_width, chunk=None):
         assert torch.allclose(own, latents, atol=1e-6)
-        return self.decode(latents, coords, chunk, cell.item())
+        return self.decode(latents, coords, chunk, pixel_width.item())
 
 
 @pytest.mark.parametrize(("size", "scale"), [((8, 8), 2), ((5, 3), 4), ((31, 20), 3), ((40, 17), 2.5), ((16, 24), 1)])
@@ -1099,7 +1127,7 @@ def test_super_resolve_leaves_no_seam(nb, size, scale):
     result = nb.super_resolve(model, image, scale, chunk=100)
     height, width = (round(scale * n) for n in size)
     assert result.size == (width, height)
-    assert model.cells == {1 / (scale * 8)}
+    assert model.widths == {1 / (scale * 8)}
     # One interpolation of the whole image, at the centres of the result's pixels.
     rows, columns = ((torch.arange(n) + 0.5) / (scale * m) for n, m in zip((height, width), size))
     whole = model.decode(pixels[None] / 255, torch.cartesian_prod(rows, columns))[0].T.view(3, height, width)
@@ -1184,20 +1212,20 @@ def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script,
     assert not (tmp_path / "runs/pretrained/checkpoints").exists()
 
 
-def test_an_unknown_preset_is_named(run_script):
-    process = run_script(PRESET="lainr")
+def test_an_unknown_decoder_is_named(run_script):
+    process = run_script(DECODER="residual")
     assert process.returncode == 1
-    assert "PRESET = 'lainr': choose one of residual, gaussian, scent, hybrid" in process.stderr
+    assert "DECODER = 'residual': choose one of lainr, gaussian, scent, hybrid" in process.stderr
 
 
-@pytest.mark.parametrize("preset", ["residual", "hybrid"])
-def test_results_name_their_data_and_preset(run_script, preset, tmp_path):
+@pytest.mark.parametrize("decoder", ["lainr", "hybrid"])
+def test_results_name_their_data_and_decoder(run_script, decoder, tmp_path):
     write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
     small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
-    small |= {"PRESET": preset, "SR_FRACTION": 0.25, "HARD_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1, "HEAD_BLOCKS": 1}
+    small |= {"DECODER": decoder, "SR_FRACTION": 0.25, "HARD_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1, "HEAD_BLOCKS": 1}
     process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
     assert process.returncode == 0, process.stderr
-    suffix = "" if preset == "residual" else "_hybrid"
+    suffix = "" if decoder == "lainr" else "_hybrid"
     written = {p.name for p in (tmp_path / "runs/small").rglob("*") if p.is_file()}
     assert written == {
         *(f"mamba_ginr{suffix}_{name}.pth" for name in ("best", "state")),
@@ -1205,7 +1233,7 @@ def test_results_name_their_data_and_preset(run_script, preset, tmp_path):
         f"results{suffix}.json",
     }
     results = json.loads((tmp_path / f"runs/small/figures/results{suffix}.json").read_text())
-    assert results["preset"] == preset
+    assert results["decoder"] == decoder
     assert set(results["enlargement"]) == {"my photos (folder) ×2", *(f"photographs ×{k}" for k in (2, 4, 8))}
     assert results["dataset"] == "my photos (folder)"
     assert results["train_images"] == 16
