@@ -1,0 +1,1 @@
+"""What stands beside the notebook: kernels, optimizers, data, checkpoints and figures. It knows no notebook."""

@@ -1,0 +1,104 @@
+"""Files that keep weights and training states: written whole or not at all, read without running what they may hold."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+def save_atomically(path: Path, write) -> None:
+    """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+class Saver:
+    """Writes states to a file while the GPU works on: ``save`` returns once the state is copied.
+
+    What goes wrong with the file is raised by the next ``save`` or by ``close``, which both wait for it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.pool, self.pending = path, ThreadPoolExecutor(max_workers=1), None
+
+    def save(self, state: dict) -> None:
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        try:
+            self.close()
+        finally:  # also after a write that failed: this state may fit where the last did not
+            self.pending = self.pool.submit(save_atomically, self.path, lambda file: torch.save(copied, file))
+
+    def close(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot serve as a checkpoint; the message names it and says what to do."""
+
+
+def read_checkpoint(path: Path, kind: str) -> dict:
+    """Read a checkpoint of this notebook ("model" or "training state"), without running code that it may hold."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: train first (cell 11), or give another path.") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: truncated, or another kind of file ({reason}). "
+            f"Nothing was changed. Move it away to start anew, or put a good copy in its place."
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != f"MAMBA-GINR {kind}":
+        raise CheckpointError(
+            f"{path} is a PyTorch file, but not a {kind} of this notebook. Move it away, or give another path."
+        )
+    return checkpoint
+
+
+def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict) -> None:
+    """Write weights, configuration, settings of the run and metrics to ``path``, atomically; the head in float16."""
+    checkpoint = {"kind": "MAMBA-GINR model", "config": model.config, "settings": settings, "metrics": metrics}
+    weights = {name: w.half() if name.startswith("head.") else w for name, w in model.state_dict().items()}
+    save_atomically(path, lambda file: torch.save({**checkpoint, "weights": weights}, file))
+
+
+def load_weights(path: Path | str, build, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """Rebuild a model from a checkpoint alone; return it in evaluation mode, with the checkpoint (config, metrics).
+
+    ``build(**config)`` makes a model of that configuration, as its class does.
+
+    Weights from before there was a head (their configuration has ``mixing_dim``) reconstruct as they did; finer pixels
+    are then interpolated, nothing is added, and a line says so.
+
+    Raises CheckpointError if the file is missing, truncated, foreign, or does not fit its own configuration.
+    """
+    checkpoint = read_checkpoint(Path(path), "model")
+    try:
+        config, weights = checkpoint["config"], checkpoint["weights"]
+        if config.get("decoder") == "residual":  # its name until it was LAINR's
+            config = {**config, "decoder": "lainr"}
+        old = "mixing_dim" in config
+        if old:
+            config = {name: value for name, value in config.items() if name != "mixing_dim"}
+            weights = {name: w for name, w in weights.items() if not name.startswith("mixing.")}
+        model = build(**config)
+        known = config.keys() | {name for name in model.config if old and name.startswith("head_")}
+        if missing := model.config.keys() - known:
+            raise TypeError(f"their configuration has no {', '.join(sorted(missing))}")
+        if old:
+            weights |= {name: w for name, w in model.state_dict().items() if name.startswith("head.")}
+            print(f"{path} is from before the super-resolution head: finer pixels are interpolated only.")
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the weights do not fit this version of the model: {error}") from error
+    return model.to(device).eval(), {**checkpoint, "config": model.config, "weights": weights}

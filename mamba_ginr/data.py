@@ -1,0 +1,134 @@
+"""Images: CIFAR-10, a folder of one's own, or photographs that need no network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
+
+
+@dataclass
+class ImageData:
+    """uint8 images (n, 3, 32, 32): to train on, held out of training to choose the checkpoint, and to report on."""
+
+    name: str
+    train: Tensor
+    held_out: Tensor
+    test: Tensor
+
+
+def load_cifar10(root: Path) -> tuple[str, Tensor, Tensor]:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into ``root`` if it is not there."""
+    try:
+        splits = [torchvision.datasets.CIFAR10(root, train=train, download=True).data for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"CIFAR-10 is not whole in {root} and cannot be downloaded ({error}). Set DATA_DIR to the folder "
+            f"that holds {torchvision.datasets.CIFAR10.base_folder}/, or DATASET to 'folder' or 'photos'."
+        ) from error
+    return "CIFAR-10", *(rearrange(torch.from_numpy(s), "n h w c -> n c h w") for s in splits)
+
+
+def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
+    """Images of root/{train,test}/<class>/*; the folder's name is the data's. Other sizes are cropped and resized."""
+    splits, resized = [], 0
+    for split in ("train", "test"):
+        try:
+            samples = torchvision.datasets.ImageFolder(root / split).samples
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"DATASET = 'folder' reads DATA_DIR/train/<class>/* and DATA_DIR/test/<class>/*, "
+                f"but {root / split} holds no such images ({error}). Set DATA_DIR, or another DATASET."
+            ) from None
+        images = np.empty((len(samples), size, size, 3), np.uint8)
+        for i, (path, _) in enumerate(tqdm(samples, desc=f"reading {split}", leave=False)):
+            try:
+                image = Image.open(path).convert("RGB")
+            except (UnidentifiedImageError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as an image ({error}): mend or remove it.") from error
+            if image.size != (size, size):
+                resized += 1
+                image = TF.resize(TF.center_crop(image, min(image.size)), size, antialias=True)
+            images[i] = np.asarray(image)
+        splits.append(rearrange(torch.from_numpy(images), "n h w c -> n c h w"))
+    if resized:
+        print(f"Images: {resized} of other sizes were cropped to their central square and resized to {size}×{size}.")
+    return f"{root.resolve().name} (folder)", *splits
+
+
+def photographs() -> list[Tensor]:
+    """The five colour photographs inside scikit-image's wheel: uint8 (3, H, W) each."""
+    from skimage import data
+
+    photos = (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0])
+    return [rearrange(torch.tensor(photo), "h w c -> c h w") for photo in photos]
+
+
+def load_photos(size: int = 32) -> tuple[str, Tensor, Tensor]:
+    """32×32 crops of scikit-image's photographs at 1, 1/2 and 1/4 of their size; the right quarter is for testing."""
+    splits = ([], [])
+    for photo in photographs():
+        photo = photo.unsqueeze(0).float()
+        border = photo.shape[3] * 3 // 4
+        # Training crops overlap by half; no pixel of a test crop lies in a training crop.
+        for crops, part, stride in [(splits[0], photo[..., :border], 16), (splits[1], photo[..., border:], 32)]:
+            for scale in (1, 2, 4):
+                small = F.avg_pool2d(part, scale).round().byte()
+                if min(small.shape[2:]) < size:
+                    continue  # the smallest photograph's test quarter, at 1/4
+                tiles = small.unfold(2, size, stride).unfold(3, size, stride)
+                crops.append(rearrange(tiles, "1 c y x h w -> (y x) c h w"))
+    return "scikit-image photographs", *(torch.cat(crops) for crops in splits)
+
+
+def cifar10_within_reach(root: Path) -> bool:
+    """True if CIFAR-10 lies in ``root`` or its server answers within ten seconds."""
+    cifar10 = torchvision.datasets.CIFAR10
+    if (root / cifar10.base_folder).is_dir() or (root / cifar10.filename).is_file():
+        return True
+    try:
+        with urlopen(Request(cifar10.url, method="HEAD"), timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: int, seed: int, device) -> ImageData:
+    """Load, hold ``held_out`` training images out, and move all to ``device``; max_* = 0 keeps all images.
+
+    Raises ValueError for an unknown dataset, or if too few images are left to train on.
+    """
+    root = Path(root)
+    if dataset == "auto":
+        dataset = "cifar10" if cifar10_within_reach(root) else "photos"
+        if dataset == "photos":
+            print("WARNING: CIFAR-10 is neither on disk nor reachable; scikit-image's photographs take its place.")
+    loaders = {"cifar10": lambda: load_cifar10(root), "folder": lambda: load_folder(root), "photos": load_photos}
+    if dataset not in loaders:
+        raise ValueError(f"DATASET = {dataset!r}: choose one of auto, {', '.join(loaders)}")
+    name, train, test = loaders[dataset]()
+    if held_out < 1 or len(train) <= held_out:
+        raise ValueError(
+            f"HELD_OUT = {held_out} must lie in 1 … {len(train) - 1}: {name} has {len(train)} training images"
+        )
+    # A seeded shuffle before any cut, because a folder comes sorted by class.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    held_out, rest = train[order[:held_out]], train[order[held_out:]]
+    if max_test:
+        test = test[torch.linspace(0, len(test) - 1, min(max_test, len(test))).long()]
+    return ImageData(name, rest[: max_train or None].to(device), held_out.to(device), test.to(device))
+
+
+def photograph_crops(size: int = 256, limit: int = 0) -> Tensor:
+    """Crops of scikit-image's photographs that overlap by half: uint8 (33, 3, 256, 256), or ``limit`` of them."""
+    tiles = [photo.unfold(1, size, size // 2).unfold(2, size, size // 2) for photo in photographs()]
+    crops = torch.cat([rearrange(t, "c y x h w -> (y x) c h w") for t in tiles])
+    return crops[torch.linspace(0, len(crops) - 1, min(limit, len(crops))).long()] if limit else crops

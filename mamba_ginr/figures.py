@@ -1,0 +1,98 @@
+"""The notebook's figures, drawn without pyplot, saved as PNG and shown below the cell."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from IPython.display import Image as InlineImage
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from mamba_ginr.checkpoints import save_atomically
+
+
+def show(figure: Figure, path: Path, handle=None, picture: bool = False):
+    """Save a figure as PNG and show it below the cell, in place of that under ``handle``; a picture inline as JPEG."""
+    rendered = io.BytesIO()
+    figure.savefig(rendered, dpi=110, format="png")
+    save_atomically(path, lambda file: file.write(rendered.getvalue()))
+    if picture:
+        rendered = io.BytesIO()
+        figure.savefig(rendered, dpi=90, format="jpeg", pil_kwargs={"quality": 88})
+    image = InlineImage(rendered.getvalue())
+    if handle is None:
+        return display(image, display_id=True)
+    handle.update(image)
+    return handle
+
+
+def draw_curves(history: list[dict], title: str) -> Figure:
+    """Held-out PSNR and training loss over epochs."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for key, label in [
+        ("psnr_mean", "mean over images"),
+        ("psnr_of_mean_mse", "of the mean MSE"),
+        ("psnr_worst", "worst image"),
+    ]:
+        left.plot(epochs, [row[key] for row in history], ".-", label=label)
+    left.set(xlabel="epoch", ylabel="PSNR (dB)", title="Held-out reconstruction")
+    left.legend()
+    for key, label in [("train_loss", "pixels of the images"), ("train_loss_finer", "finer pixels of the mosaics")]:
+        if history[0][key]:
+            right.semilogy(epochs, [row[key] for row in history], ".-", label=label)
+    right.set(xlabel="epoch", ylabel="MSE, values in [0, 1]", title="Training loss")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_enlargements(
+    columns: dict[str, Tensor], truth: Tensor, frame: tuple[int, int], title: str, psnr: Callable
+) -> Figure:
+    """A column of pictures (n, 3, H, W) in [0, 1] under each label, with the PSNR of those of the truth's size.
+
+    ``frame``, the first pixel and the number of pixels a side, is drawn on the pictures of the first column.
+    """
+    count = len(truth)
+    figure = Figure(figsize=(1.55 * len(columns), 1.7 * count + 0.75), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    for line, (label, images) in zip(grid.T, columns.items()):
+        for axes, image, true in zip(line, images, truth):
+            axes.imshow(rearrange(image.float().cpu(), "c h w -> h w c").numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if image.shape == true.shape and not torch.equal(image, true):
+                axes.set_xlabel(f"{psnr(image[None], true[None]).item():.1f} dB", fontsize=9, labelpad=2)
+        line[0].set_title(label, fontsize=10)
+    for axes in grid[:, 0]:
+        axes.add_patch(Rectangle((frame[0] - 0.5, frame[0] - 0.5), frame[1], frame[1], fill=False, color="white"))
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def draw_errors(images: Tensor, reconstructions: Tensor, title: str, psnr: Callable) -> Figure:
+    """Originals, reconstructions, and the largest error of the three channels at each pixel, in grey levels."""
+    errors = 255 * (reconstructions - images).abs().amax(1)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    grid = figure.subplots(3, len(images))
+    for column, (image, reconstruction, error) in zip(grid.T, zip(images, reconstructions, errors)):
+        for axes, picture in zip(column, (image, reconstruction.clamp(0, 1))):
+            axes.imshow(rearrange(picture, "c h w -> h w c").numpy(), interpolation="nearest")
+        drawn = column[2].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(), interpolation="nearest")
+        column[2].set_xlabel(f"{psnr(reconstruction[None], image[None]).item():.1f} dB", fontsize=9)
+    for axes, label in zip(grid[:, 0], ("original", "reconstruction", "error")):
+        axes.set_ylabel(label)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=grid[2, :].tolist(), label="grey levels of 255")
+    figure.suptitle(title, fontsize=11)
+    return figure

@@ -1,0 +1,202 @@
+"""A training run that can stop at any step and go on, and that goes back by itself where it leaves its course."""
+
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, read_checkpoint, save_model
+
+
+class Run:
+    """A training run that can stop at any step and go on: counters, losses, history, and the files that keep them.
+
+    Every ``WATCH`` steps it looks back. Where ``SEVERAL`` losses or the last one were not finite, or they are ``FALL``
+    dB above their lowest (those of the images' own pixels), the weights of the look before the last good one come back,
+    and the rate is halved; it is whole again after ten good looks. The steps go on counting. FloatingPointError after
+    ten such falls in a row.
+
+    ``train_step`` is cell 8's: it has the model, its average, and the tensors that a step changes.
+
+    ``identity`` holds all settings that a state must share with this run. Creating a Run reads the state in
+    ``folder`` if there is one; CheckpointError if it belongs to another run, or is no whole state. A state holds what a
+    fall would go back to as well, so that a resumed run does what the run would have done. ``suffix`` ends the names of
+    the files.
+    """
+
+    KEPT = (
+        "epoch", "step", "history", "peak_memory_gib", "seconds", "step_seconds",
+        "caution", "lowest", "falls", "returns", "watched", "kept_at", "latest_at",
+    )  # fmt: skip
+    WATCH, SEVERAL, FALL = 100, 5, 6.0  # steps, losses, dB
+    FLOOR = 1e-7  # an MSE below this counts as this: near 0, a rise by some dB means nothing
+
+    def __init__(self, train_step, steps_per_epoch: int, identity: dict, folder: Path, suffix: str = ""):
+        self.train_step, self.identity = train_step, identity
+        self.model, self.average = train_step.model, train_step.average
+        self.state_path, self.best_path = (folder / f"mamba_ginr{suffix}_{n}.pth" for n in ("state", "best"))
+        self.epoch, self.step, self.history, self.peak_memory_gib = 0, 0, [], 0.0
+        self.seconds, self.step_seconds = 0.0, 0.0  # of the whole run; in the steps of the running epoch
+        self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB
+        self.falls, self.returns, self.watched = 0, 0, 0  # in a row; in all; the step of the last look
+        self.saver = Saver(self.state_path)
+        self.device = next(self.model.parameters()).device
+        self.losses = torch.zeros(steps_per_epoch, 2, device=self.device)  # of the images' pixels, of finer ones
+        self.kept, self.latest, self.unchanged = {}, {}, False  # copies, and whether the latest is of this step
+        self.kept_at, self.latest_at = None, None  # the steps that they are of
+        if self.state_path.exists():
+            self.resume()
+        else:
+            self.keep()
+            self.keep()
+        self.clock = time.perf_counter()
+
+    def resume(self) -> None:
+        state = read_checkpoint(self.state_path, "training state")
+        theirs, mine = state["identity"], self.identity
+        differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        if differing:
+            changes = "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in differing)
+            raise CheckpointError(
+                f"{self.state_path} is the state of another run: {changes}. Nothing was changed. "
+                f"Set these back to resume that run, or move the file away to start a new one."
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.train_step.load_state_dict(state["train_step"])
+            self.losses.copy_(state["losses"])
+            for name in self.KEPT:
+                setattr(self, name, state[name])
+            now = self.train_step.tensors()
+            self.kept, self.latest = (
+                {name: tensor.to(self.device, copy=True) for name, tensor in (state[copies] or now).items()}
+                for copies in ("kept", "latest")
+            )
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.state_path} does not fit this version of the training ({error!r}): move it away to train anew."
+            ) from error
+        print(f"Resumed from {self.state_path.name}: {self.epoch} epochs and {self.step} steps were done.")
+
+    def record(self, loss: Tensor) -> None:
+        """Count a step. Its loss is looked at every WATCH steps only, because a look makes the GPU wait."""
+        self.losses[self.step] = loss
+        self.step, self.unchanged = self.step + 1, False
+        if self.step % self.WATCH == 0:
+            self.watch()
+
+    def keep(self, at: tuple | None = None) -> None:
+        """Copy all that a step changes. What a fall goes back to is the copy before: a fall may begin unseen.
+
+        ``at`` is the step, the epoch and the scale of these weights, now if None.
+        """
+        self.kept, self.latest = self.latest, self.kept
+        self.kept_at = self.latest_at
+        self.latest_at = at or (self.step, self.epoch + 1, self.train_step.scaler.get_scale())
+        for name, tensor in self.train_step.tensors().items():
+            self.latest.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+        self.unchanged = True  # since this copy
+
+    def watch(self) -> None:
+        """Look at the losses since the last look: keep the weights, or go back to those that were kept."""
+        since, fewest = self.watched, min(20, len(self.losses))
+        losses = self.losses[: self.step].double().cpu()
+        lost = (~torch.isfinite(losses[since:])).any(1)
+        recent = losses[min(since, max(0, self.step - 50)) :, 0]  # not a few alone, whose mean is chance
+        recent = recent[torch.isfinite(recent)].clamp(min=self.FLOOR).log10().mul(10)
+        if not len(lost):
+            return
+        level = recent.mean().item() if len(recent) else math.inf
+        worst = max(level, recent[-10:].mean().item()) if len(recent) else math.inf  # a fall may just have begun
+        weights = [*self.model.parameters(), *self.average.parameters()]
+        sound = math.isfinite(nn.utils.get_total_norm([w.detach() for w in weights]))
+        if sound and lost.sum() < self.SEVERAL and not lost[-1] and worst < self.lowest + self.FALL:
+            self.lowest = min(self.lowest, level) if len(recent) >= fewest else self.lowest
+            self.watched, self.falls, self.caution = self.step, 0, min(1.0, self.caution * 2**0.1)
+            self.keep()
+            return
+        self.watched, self.falls, self.returns = self.step, self.falls + 1, self.returns + 1
+        if self.falls >= 10:
+            raise FloatingPointError(
+                f"step {self.step} of epoch {self.epoch + 1}: the training left its course ten times in a row, at half "
+                f"the rate each time, and stopped. Lower LEARNING_RATE in cell 10, and move {self.state_path} away, if "
+                f"it exists: it fits no other settings."
+            )
+        for name, tensor in self.train_step.tensors().items():
+            tensor.copy_(self.kept[name]) if name in self.kept else tensor.zero_()
+        at = step, epoch, scale = self.kept_at
+        self.train_step.scaler.update(scale)
+        self.keep(at)
+        self.keep(at)  # both copies are now of these weights
+        self.caution /= 2
+        self.losses[since : self.step] = math.nan  # left out of the epoch's mean
+        what = f"{lost.sum()} of {len(lost)} losses were not finite"
+        if not lost.any():
+            what = f"the loss rose by {worst - self.lowest:.0f} dB" if sound else "weights were no longer finite"
+        print(
+            f"Step {self.step} of epoch {self.epoch + 1}: {what}. Back to the weights of step {step} of epoch {epoch}, "
+            f"and on at {self.caution:.2g} of the rate."
+        )
+
+    def finish_epoch(self, row: dict) -> None:
+        """Add an epoch's numbers to the history, keep the weights if they are the best yet, and save the state."""
+        best = max(filter(math.isfinite, (r["psnr_mean"] for r in self.history)), default=-math.inf)
+        ms_per_step = 1000 * self.step_seconds / len(self.losses)
+        minutes = (self.seconds + time.perf_counter() - self.clock) / 60
+        self.epoch, self.step, self.watched, self.step_seconds = self.epoch + 1, 0, 0, 0.0
+        self.history.append({"epoch": self.epoch, **row, "ms_per_step": ms_per_step, "minutes": minutes})
+        if row["psnr_mean"] > best:
+            save_model(self.best_path, self.average, self.identity, self.history[-1])
+        self.save()
+
+    def load_best(self) -> tuple[nn.Module, dict]:
+        """The weights that did best, read back; CheckpointError where the file is missing or another run's."""
+        if not self.best_path.exists():
+            raise CheckpointError(f"{self.best_path} is gone: move {self.state_path} away, too, to train anew.")
+        model, checkpoint = load_weights(self.best_path, type(self.model), self.device)
+        if checkpoint["metrics"] not in self.history:
+            raise CheckpointError(
+                f"{self.best_path} is of another run than {self.state_path}. Put the file that belongs to it there, or "
+                f"move both away to train anew."
+            )
+        return model, checkpoint
+
+    def save(self) -> None:
+        """Have the state written."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))
+        state = {name: getattr(self, name) for name in (*self.KEPT, "identity", "losses")}
+        state |= {"model": self.model.state_dict(), "average": self.average.state_dict()}
+        finished = self.epoch == self.identity.get("EPOCHS")  # then none of them is needed, and none takes room twice
+        copies = {"kept": {} if finished else self.kept, "latest": {} if finished or self.unchanged else self.latest}
+        state |= {"train_step": self.train_step.state_dict(), **copies}
+        self.saver.save({"kind": "MAMBA-GINR training state", **state})
+
+
+@contextmanager
+def deferred_interrupt():
+    """Hold an interrupt back until the running step is whole; yields a function that says whether one has come."""
+    interrupts = []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield lambda: bool(interrupts)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, GiB: of the GPU by PyTorch's tensors, or of the machine by this process (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
