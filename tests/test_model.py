@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
 from skimage.metrics import peak_signal_noise_ratio
 
-from selective_scan import mamba_ssm_fault
+from mamba_ginr.kernels import mamba_ssm_fault
 
 
 def mamba_ssm_shapes(dim, d_state=16, d_conv=4, expand=2):

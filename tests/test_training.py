@@ -12,11 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import notebook_cells
+from conftest import ROOT, notebook_cells
 from PIL import Image
 
-import selective_scan as scan_module
-from selective_scan import triton
+from mamba_ginr.kernels import backends
 
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
@@ -568,8 +567,7 @@ def half_then_killed(file):
     os.kill(os.getpid(), signal.SIGKILL)
 nb.save_atomically(path, half_then_killed)
 """
-    root = str(sys.modules["selective_scan"].__file__.rsplit("/", 1)[0])
-    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": root, "PATH": ""}, timeout=120)
+    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "state.pth", weights_only=True)["n"] == 1
     assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which the next save writes over
@@ -641,15 +639,13 @@ def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tin
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(*gradients))
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.skipif(backends.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("decoder", ["residual", "hybrid"])
 def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeypatch):
     # Nothing is known of the machine yet, so that the scan is tried while the model is compiled.
-    monkeypatch.setattr(scan_module, "_faults", {})
-    monkeypatch.setattr(
-        scan_module, "triton_fault", lambda device: scan_module._fault_of("triton", device, scan_module._try_triton)
-    )
-    monkeypatch.setitem(scan_module._chosen, "backend", "triton")
+    monkeypatch.setattr(backends, "_faults", {})
+    monkeypatch.setattr(backends, "triton_fault", lambda device: backends._fault_of("triton", device))
+    monkeypatch.setitem(backends._chosen, "backend", "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny(decoder=decoder).to(device)
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, device=device)
