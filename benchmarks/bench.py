@@ -31,7 +31,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from selective_scan import BACKENDS, backend_fault, selective_scan, use_backend  # noqa: E402
+from mamba_ginr.kernels import BACKENDS, backend_fault, selective_scan, use_backend  # noqa: E402
 
 WARM_UP, REPEATS = 3, 10
 SEEDS = 8  # of an error

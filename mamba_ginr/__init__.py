@@ -1,1 +1,1 @@
-"""What stands beside the notebook: kernels, optimizers, data, checkpoints and figures. It knows no notebook."""
+"""What MAMBA-GINR's notebook needs and a reader of the method does not come for; see ``mamba_ginr.kernels``."""

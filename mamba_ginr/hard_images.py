@@ -1,6 +1,6 @@
 """Images that a network which saw photographs alone fails at: noise, text, blocks, colours that no camera gives.
 
-    from hard_images import hard_images, pattern_images
+    from mamba_ginr.hard_images import hard_images, pattern_images
 
     images = hard_images(photos, 8, generator)  # to train on, anew in each step
     patterns = pattern_images(32)  # 64 fixed ones, to test with

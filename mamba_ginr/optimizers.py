@@ -1,6 +1,6 @@
 """Muon for matrices and AdamW for all else, in one optimizer that a CUDA graph can hold; and clipping that adapts.
 
-    from optimizers import AdaptiveClip, Muon
+    from mamba_ginr.optimizers import AdaptiveClip, Muon
 
     optimizer = Muon([{"params": matrices, "muon": True}, {"params": others}], lr=2e-3)
     clip = AdaptiveClip(2.0, device)  # at twice the usual norm

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 for name in [n for n in os.environ if n.startswith("MAMBA_GINR_")]:
     del os.environ[name]  # settings of the person who runs the tests must not change them
 
+from mamba_ginr.kernels import use_backend  # noqa: E402
 from run_notebook import import_script, write_script  # noqa: E402
 
 
@@ -50,6 +51,15 @@ def run_script(script, tmp_path):
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def triton_backend():
+    """The Triton backend for a test, in the interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_backend("triton", device)
+    yield
+    use_backend("auto", device)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hard_images import KINDS, TILES, _channels, hard_images, pattern_images
+from mamba_ginr.hard_images import KINDS, TILES, _channels, hard_images, pattern_images
 
 
 def photos(count, size=32):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
 from skimage.metrics import peak_signal_noise_ratio
 
-from selective_scan import mamba_ssm_fault
+from mamba_ginr import decoders
+from mamba_ginr.kernels import mamba_ssm_fault
 
 
 def mamba_ssm_shapes(dim, d_state=16, d_conv=4, expand=2):
@@ -451,7 +452,7 @@ def test_presets_stay_under_25_million_parameters(nb, decoder, millions):
 
 def test_multi_head_attention_is_softmax_of_products(nb):
     torch.manual_seed(0)
-    attention = nb.MultiHeadAttention(6, 5, heads=2, head_dim=4)
+    attention = decoders.MultiHeadAttention(6, 5, heads=2, head_dim=4)
     queries, context, bias = torch.randn(1, 7, 6), torch.randn(3, 9, 5), torch.randn(1, 7, 9)
     q = attention.to_q(queries).view(1, 7, 2, 4)
     k, v = attention.to_kv(context).view(3, 9, 2, 2, 4).unbind(2)

@@ -75,13 +75,17 @@ def test_the_readme_and_the_notebook_quote_the_results():
         assert (ROOT / picture).exists(), picture
 
 
-FILES = (NOTEBOOK.name, "fused.py", "hard_images.py", "optimizers.py", "selective_scan.py", "run_notebook.py")
+FILES = (
+    *(NOTEBOOK.name, "run_notebook.py"),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "mamba_ginr").rglob("*.py"))),
+)
 
 
 @pytest.fixture
 def copy(tmp_path):
     for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 

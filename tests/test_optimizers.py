@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimizers import AdaptiveClip, Muon, orthogonalise
+from mamba_ginr.optimizers import AdaptiveClip, Muon, orthogonalise
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(8, 16), (16, 8), (8, 16), (8, 8), (6, 20), (1, 5)]

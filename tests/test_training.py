@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import notebook_cells
+from conftest import ROOT, notebook_cells
 from PIL import Image
+from torchvision.transforms import functional as TF
 
-import selective_scan as scan_module
-from selective_scan import triton
+import mamba_ginr.data as loading
+import mamba_ginr.settings as settings_module
+from mamba_ginr import checkpoints, enlarge, training_run
+from mamba_ginr.kernels import backends
 
 SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
@@ -106,8 +109,8 @@ def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeyp
         assert let_go.wait(60)
         write(path, write_to)
 
-    monkeypatch.setattr(nb, "save_atomically", slowly)
-    saver, weights = nb.Saver(tmp_path / "state.pth"), torch.zeros(3)
+    monkeypatch.setattr(checkpoints, "save_atomically", slowly)
+    saver, weights = checkpoints.Saver(tmp_path / "state.pth"), torch.zeros(3)
     saver.save({"weights": weights})
     assert begun.wait(60)
     weights += 1  # the next step
@@ -119,13 +122,13 @@ def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeyp
     def fails(path, write_to):
         raise OSError("disk full")
 
-    monkeypatch.setattr(nb, "save_atomically", fails)
+    monkeypatch.setattr(checkpoints, "save_atomically", fails)
     saver.save({"weights": weights})
     with pytest.raises(OSError, match="disk full"):
         saver.close()
     saver.save({"weights": weights})
     saver.pending.exception()  # waits for it
-    monkeypatch.setattr(nb, "save_atomically", write)  # there is room again
+    monkeypatch.setattr(checkpoints, "save_atomically", write)  # there is room again
     with pytest.raises(OSError, match="disk full"):
         saver.save({"weights": weights})
     saver.close()
@@ -156,7 +159,7 @@ def test_training_writes_what_it_promises(nb, start, tmp_path):
 
 def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monkeypatch, tmp_path):
     scores = iter([10.0, 30.0, 20.0])
-    kept, save_model = {}, nb.save_model
+    kept, save_model = {}, checkpoints.save_model
     evaluate = nb.evaluate
 
     def scripted(model, images, batch_size):
@@ -168,7 +171,7 @@ def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monk
         save_model(path, model, settings, metrics)
 
     monkeypatch.setattr(nb, "evaluate", scripted)
-    monkeypatch.setattr(nb, "save_model", spy)
+    monkeypatch.setattr(training_run, "save_model", spy)
     run = start(tmp_path)
     model, checkpoint = nb.load_model(run.best_path)
     assert checkpoint["metrics"]["epoch"] == 2
@@ -179,11 +182,11 @@ def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monk
 
 def test_a_saved_model_gives_the_same_values(nb, tiny, tmp_path):
     model = tiny(seed=5).eval()
-    nb.save_model(tmp_path / "m.pth", model, {"SEED": 5}, {"psnr_mean": 1.0})
+    checkpoints.save_model(tmp_path / "m.pth", model, {"SEED": 5}, {"psnr_mean": 1.0})
     loaded, checkpoint = nb.load_model(tmp_path / "m.pth")
     images, coords = torch.rand(1, 3, 8, 8), torch.rand(9, 2)
     torch.nn.init.normal_(model.head.to_rgb.weight)
-    nb.save_model(tmp_path / "trained.pth", model, {}, {})
+    checkpoints.save_model(tmp_path / "trained.pth", model, {}, {})
     with torch.no_grad():
         assert torch.equal(model(images, coords), loaded(images, coords))
         finer = model(images, coords, 1 / 32), nb.load_model(tmp_path / "trained.pth")[0](images, coords, 1 / 32)
@@ -196,7 +199,7 @@ def test_a_state_of_another_configuration_is_refused_and_kept(nb, start, tmp_pat
     start(tmp_path, {"DIM": 16, "SEED": 0})
     path = tmp_path / "checkpoints/mamba_ginr_state.pth"
     before = path.read_bytes()
-    with pytest.raises(nb.CheckpointError, match="SEED is 0 there and 1 here") as error:
+    with pytest.raises(checkpoints.CheckpointError, match="SEED is 0 there and 1 here") as error:
         start(tmp_path, {"DIM": 16, "SEED": 1})
     assert str(path) in str(error.value)
     assert "move the file away" in str(error.value)
@@ -227,7 +230,7 @@ def test_a_spoilt_file_is_named_and_kept(nb, start, how, tmp_path):
     state, best = (tmp_path / f"checkpoints/mamba_ginr_{name}.pth" for name in ("state", "best"))
     for path, read in [(state, lambda: start(tmp_path, EPOCHS=2)), (best, lambda: nb.load_model(best))]:
         spoilt = spoil(path, how)
-        with pytest.raises(nb.CheckpointError) as error:
+        with pytest.raises(checkpoints.CheckpointError) as error:
             read()
         assert str(path) in str(error.value)
         assert "Move it away" in str(error.value)
@@ -235,25 +238,25 @@ def test_a_spoilt_file_is_named_and_kept(nb, start, how, tmp_path):
 
 
 def test_a_missing_checkpoint_says_train_first(nb, tmp_path):
-    with pytest.raises(nb.CheckpointError, match="does not exist: train first"):
+    with pytest.raises(checkpoints.CheckpointError, match="does not exist: train first"):
         nb.load_model(tmp_path / "none.pth")
 
 
 def test_a_model_is_no_state_and_a_state_no_model(nb, start, tmp_path):
     run = start(tmp_path, EPOCHS=2)
-    with pytest.raises(nb.CheckpointError, match="not a model of this notebook"):
+    with pytest.raises(checkpoints.CheckpointError, match="not a model of this notebook"):
         nb.load_model(run.state_path)
     torch.save({"kind": "MAMBA-GINR model"}, tmp_path / "empty.pth")
-    with pytest.raises(nb.CheckpointError, match=r"empty\.pth.*'config'"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"empty\.pth.*'config'"):
         nb.load_model(tmp_path / "empty.pth")
     run.state_path.write_bytes(run.best_path.read_bytes())
-    with pytest.raises(nb.CheckpointError, match="not a training state of this notebook"):
+    with pytest.raises(checkpoints.CheckpointError, match="not a training state of this notebook"):
         start(tmp_path, EPOCHS=2)
 
 
 def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, capsys):
     model = tiny().eval()
-    nb.save_model(tmp_path / "old.pth", model, {}, {})
+    checkpoints.save_model(tmp_path / "old.pth", model, {}, {})
     checkpoint = torch.load(tmp_path / "old.pth", weights_only=True)
     checkpoint["config"] = {k: v for k, v in model.config.items() if not k.startswith("head_")} | {"mixing_dim": 4}
     weights = {k: v for k, v in checkpoint["weights"].items() if not k.startswith("head.")}
@@ -261,7 +264,7 @@ def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, c
     torch.save(checkpoint, tmp_path / "old.pth")
     old, _ = nb.load_model(tmp_path / "old.pth")
     torch.save({**checkpoint, "config": {"mixing_dim": 4}}, tmp_path / "poor.pth")
-    with pytest.raises(nb.CheckpointError, match="their configuration has no d_conv, d_state"):
+    with pytest.raises(checkpoints.CheckpointError, match="their configuration has no d_conv, d_state"):
         nb.load_model(tmp_path / "poor.pth")
     assert "is from before the super-resolution head" in capsys.readouterr().out
     images, coords = torch.rand(2, 3, 8, 8), torch.rand(1, 5, 2)
@@ -276,7 +279,7 @@ def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, c
 def test_weights_that_call_the_decoder_residual_load(nb, tiny, tmp_path):
     model = tiny()
     model.config = {**model.config, "decoder": "residual"}
-    nb.save_model(tmp_path / "old.pth", model, {}, {})
+    checkpoints.save_model(tmp_path / "old.pth", model, {}, {})
     old, checkpoint = nb.load_model(tmp_path / "old.pth")
     assert old.config["decoder"] == checkpoint["config"]["decoder"] == "lainr"
     assert torch.equal(old.decoder.to_rgb.weight, model.decoder.to_rgb.weight)
@@ -293,11 +296,11 @@ def test_weights_that_call_the_decoder_residual_load(nb, tiny, tmp_path):
     ],
 )
 def test_weights_of_another_version_are_refused(nb, tiny, change, reason, tmp_path):
-    nb.save_model(tmp_path / "model.pth", tiny(), {}, {})
+    checkpoints.save_model(tmp_path / "model.pth", tiny(), {}, {})
     checkpoint = torch.load(tmp_path / "model.pth", weights_only=True)
     change(checkpoint["config"])
     torch.save(checkpoint, tmp_path / "model.pth")
-    with pytest.raises(nb.CheckpointError, match=f"(?s)do not fit this version of the model: .*{reason}"):
+    with pytest.raises(checkpoints.CheckpointError, match=f"(?s)do not fit this version of the model: .*{reason}"):
         nb.load_model(tmp_path / "model.pth")
 
 
@@ -529,10 +532,10 @@ def test_the_best_weights_are_those_of_the_run(nb, start, tmp_path):
     assert checkpoint["metrics"] in first.history
     assert not model.training
     first.best_path.write_bytes(second.best_path.read_bytes())
-    with pytest.raises(nb.CheckpointError, match=r"is of another run than .*_state\.pth"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"is of another run than .*_state\.pth"):
         first.load_best()
     first.best_path.unlink()
-    with pytest.raises(nb.CheckpointError, match=r"_best.pth is gone: move .*_state.pth away, too"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"_best.pth is gone: move .*_state.pth away, too"):
         first.load_best()
 
 
@@ -549,7 +552,7 @@ def test_a_state_of_another_version_is_named(nb, start, spoil, tmp_path):
     state = state_in(tmp_path)
     spoil(state)
     torch.save(state, run.state_path)
-    with pytest.raises(nb.CheckpointError, match=r"_state.pth does not fit this version of the training"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"_state.pth does not fit this version of the training"):
         start(tmp_path, EPOCHS=2)
 
 
@@ -577,8 +580,7 @@ def half_then_killed(file):
     os.kill(os.getpid(), signal.SIGKILL)
 nb.save_atomically(path, half_then_killed)
 """
-    root = str(sys.modules["selective_scan"].__file__.rsplit("/", 1)[0])
-    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": root, "PATH": ""}, timeout=120)
+    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "state.pth", weights_only=True)["n"] == 1
     assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which the next save writes over
@@ -597,7 +599,7 @@ def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
 
 def test_eight_images_are_learnt_past_40_db(nb):
     torch.manual_seed(0)
-    images = nb.load_photos(12)[1][100:1300:150][:8]
+    images = loading.load_photos(12)[1][100:1300:150][:8]
     model = nb.MambaGINR(image_size=12, dim=64, depth=1, d_state=8, num_lp=36, decoder_dim=128, fourier_std=5.0)
     optimizer = nb.make_optimizer(model, "adamw", 1e-3, 0.99, 0.0, 0.1)
     (images, target), coords = nb.to_batch(images), nb.pixel_grid(12)
@@ -650,15 +652,13 @@ def test_the_logarithm_of_the_loss_changes_only_the_size_of_its_gradient(nb, tin
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(*gradients))
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.skipif(backends.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("decoder", ["lainr", "hybrid"])
 def test_the_model_is_compiled_in_one_piece(nb, tiny, batch_of, decoder, monkeypatch):
     # Nothing is known of the machine yet, so that the scan is tried while the model is compiled.
-    monkeypatch.setattr(scan_module, "_faults", {})
-    monkeypatch.setattr(
-        scan_module, "triton_fault", lambda device: scan_module._fault_of("triton", device, scan_module._try_triton)
-    )
-    monkeypatch.setitem(scan_module._chosen, "backend", "triton")
+    monkeypatch.setattr(backends, "_faults", {})
+    monkeypatch.setattr(backends, "triton_fault", lambda device: backends._fault_of("triton", device))
+    monkeypatch.setitem(backends._chosen, "backend", "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny(decoder=decoder).to(device)
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, device=device)
@@ -913,9 +913,9 @@ def test_settings_come_from_the_environment(nb):
         "MAMBA_GINR_COMPILE": "true",
         "HOME": "/",
     }
-    settings = nb.settings_from_environment(DEFAULTS, environment)
+    settings = settings_module.settings_from_environment(DEFAULTS, environment)
     assert settings == {"EPOCHS": 7, "LEARNING_RATE": 1e-3, "DATASET": "folder", "COMPILE": True}
-    assert nb.settings_from_environment(DEFAULTS, {}) == DEFAULTS
+    assert settings_module.settings_from_environment(DEFAULTS, {}) == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -932,7 +932,7 @@ def test_settings_come_from_the_environment(nb):
 )
 def test_a_wrong_setting_says_what_is_valid(nb, name, value, message):
     with pytest.raises(ValueError, match=message):
-        nb.settings_from_environment(DEFAULTS, {f"MAMBA_GINR_{name}": value})
+        settings_module.settings_from_environment(DEFAULTS, {f"MAMBA_GINR_{name}": value})
 
 
 def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys):
@@ -965,7 +965,7 @@ def write_images(folder, counts, size=(32, 32), mode="RGB"):
 
 def test_a_folder_of_images_is_read_as_it_is(nb, tmp_path):
     write_images(tmp_path / "mine", {"train/cat": 3, "train/dog": 2, "test/cat": 1})
-    name, train, test = nb.load_folder(tmp_path / "mine")
+    name, train, test = loading.load_folder(tmp_path / "mine")
     assert name == "mine (folder)"
     assert (train.shape, test.shape) == ((5, 3, 32, 32), (1, 3, 32, 32))
     first = np.asarray(Image.open(tmp_path / "mine/train/cat/0.png"))
@@ -975,18 +975,18 @@ def test_a_folder_of_images_is_read_as_it_is(nb, tmp_path):
 def test_images_of_other_sizes_and_modes_are_fitted_and_told(nb, tmp_path, capsys):
     write_images(tmp_path, {"train/a": 2}, size=(50, 40), mode="L")
     write_images(tmp_path, {"test/a": 1}, size=(20, 64), mode="RGBA")
-    _, train, test = nb.load_folder(tmp_path)
+    _, train, test = loading.load_folder(tmp_path)
     assert (train.shape, test.shape) == ((2, 3, 32, 32), (1, 3, 32, 32))
     assert "3 of other sizes were cropped" in capsys.readouterr().out
 
 
 def test_a_folder_without_images_is_named(nb, tmp_path):
     with pytest.raises(FileNotFoundError, match="reads DATA_DIR/train/<class>/") as error:
-        nb.load_folder(tmp_path / "none")
+        loading.load_folder(tmp_path / "none")
     assert str(tmp_path / "none") in str(error.value)
     write_images(tmp_path, {"train/a": 1})
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "test")):
-        nb.load_folder(tmp_path)
+        loading.load_folder(tmp_path)
 
 
 def test_a_broken_image_is_named(nb, tmp_path):
@@ -994,12 +994,12 @@ def test_a_broken_image_is_named(nb, tmp_path):
     broken = tmp_path / "train/a/1.png"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read as an image") as error:
-        nb.load_folder(tmp_path)
+        loading.load_folder(tmp_path)
     assert str(broken) in str(error.value)
 
 
 def test_photographs_give_training_and_test_crops_apart(nb):
-    name, train, test = nb.load_photos()
+    name, train, test = loading.load_photos()
     assert "scikit-image" in name
     assert (train.dtype, train.shape[1:], test.shape[1:]) == (torch.uint8, (3, 32, 32), (3, 32, 32))
     assert len(train) > 1700
@@ -1014,7 +1014,7 @@ def test_auto_without_network_takes_the_photographs_and_warns(nb, monkeypatch, t
     def no_network(*_, **__):
         raise OSError("no route")
 
-    monkeypatch.setattr(nb, "urlopen", no_network)
+    monkeypatch.setattr(loading, "urlopen", no_network)
     data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu")
     assert data.name == "scikit-image photographs"
     assert capsys.readouterr().out.startswith("WARNING: CIFAR-10 is neither on disk nor reachable")
@@ -1024,17 +1024,17 @@ def test_auto_without_network_takes_the_photographs_and_warns(nb, monkeypatch, t
 def fake_cifar10(nb, monkeypatch):
     """Stands in for torchvision's class, whose files cannot be made up: it checks their MD5."""
 
-    class CIFAR10(nb.torchvision.datasets.CIFAR10):
+    class CIFAR10(loading.torchvision.datasets.CIFAR10):
         def __init__(self, root, train, download):
             rng = np.random.default_rng(int(train))
             self.data = rng.integers(0, 256, (300 if train else 50, 32, 32, 3), dtype=np.uint8)
 
-    monkeypatch.setattr(nb.torchvision.datasets, "CIFAR10", CIFAR10)
+    monkeypatch.setattr(loading.torchvision.datasets, "CIFAR10", CIFAR10)
     return CIFAR10
 
 
 def test_auto_takes_cifar10_from_disk_without_asking_the_network(nb, fake_cifar10, monkeypatch, tmp_path):
-    monkeypatch.setattr(nb, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(loading, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     (tmp_path / "cifar-10-batches-py").mkdir()
     data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu")
     assert (data.name, len(data.train), len(data.held_out), len(data.test)) == ("CIFAR-10", 200, 100, 50)
@@ -1044,7 +1044,7 @@ def test_cifar10_out_of_reach_says_what_to_do(nb, monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise OSError("no route")
 
-    monkeypatch.setattr(nb.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    monkeypatch.setattr(loading.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(RuntimeError, match=r"downloaded \(no route\). Set DATA_DIR to the folder that holds cifar"):
         nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 0, "cpu")
 
@@ -1123,8 +1123,8 @@ class Interpolation(torch.nn.Module):
 @pytest.mark.parametrize(("size", "scale"), [((8, 8), 2), ((5, 3), 4), ((31, 20), 3), ((40, 17), 2.5), ((16, 24), 1)])
 def test_super_resolve_leaves_no_seam(nb, size, scale):
     pixels = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    image, model = nb.TF.to_pil_image(pixels), Interpolation()
-    result = nb.super_resolve(model, image, scale, chunk=100)
+    image, model = TF.to_pil_image(pixels), Interpolation()
+    result = enlarge.super_resolve(model, image, scale, chunk=100)
     height, width = (round(scale * n) for n in size)
     assert result.size == (width, height)
     assert model.widths == {1 / (scale * 8)}
@@ -1138,13 +1138,13 @@ def test_super_resolve_says_which_models_it_takes(nb):
     model = Interpolation()
     model.image_size = 12
     with pytest.raises(ValueError, match="image_size = 12 is no multiple of 8"):
-        nb.super_resolve(model, Image.new("RGB", (12, 12)), 2)
+        enlarge.super_resolve(model, Image.new("RGB", (12, 12)), 2)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0, -1, float("nan"), 600])
 def test_super_resolve_says_which_scales_it_takes(nb, scale):
     with pytest.raises(ValueError, match=r"of 8×8 pixels: at least 1, and at most 4096 a side"):
-        nb.super_resolve(Interpolation(), Image.new("RGB", (8, 8)), scale)
+        enlarge.super_resolve(Interpolation(), Image.new("RGB", (8, 8)), scale)
 
 
 def test_enlargements_are_scored_against_the_truth(nb):
@@ -1152,8 +1152,8 @@ def test_enlargements_are_scored_against_the_truth(nb):
     inputs = (255 * torch.nn.functional.avg_pool2d(truth, 2)).round().byte()
     scores = nb.enlargement_scores(Interpolation(nb.HistoSpline(8)), inputs, truth, 1, 2, 100)
     for name, method in [("nearest", "NEAREST"), ("bicubic", "BICUBIC"), ("lanczos", "LANCZOS")]:
-        large = [nb.TF.to_pil_image(x).resize((16, 16), Image.Resampling[method]) for x in inputs]
-        values = nb.psnr(torch.stack([nb.TF.to_tensor(x) for x in large]), truth)
+        large = [TF.to_pil_image(x).resize((16, 16), Image.Resampling[method]) for x in inputs]
+        values = nb.psnr(torch.stack([TF.to_tensor(x) for x in large]), truth)
         assert scores[name] == pytest.approx(values.mean().item(), abs=1e-3)
     linear = torch.nn.functional.interpolate(inputs / 255, size=16, mode="bilinear", align_corners=False)
     error = inputs / 255 - torch.nn.functional.avg_pool2d(linear, 2)
@@ -1201,7 +1201,7 @@ def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script,
     process = run_script(**settings)
     assert process.returncode == 1
     assert "its.pth does not exist" in process.stderr
-    nb.save_model(tmp_path / "its.pth", tiny(image_size=32, patch_size=8), {}, {"epoch": 7})
+    checkpoints.save_model(tmp_path / "its.pth", tiny(image_size=32, patch_size=8), {}, {"epoch": 7})
     process = run_script(**settings)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "runs/pretrained/figures/results.json").read_text())

@@ -1,0 +1,176 @@
+"""The selective scan in Triton, the backend "triton": launches of its kernels, as operators with gradients."""
+
+import torch
+import triton
+from torch import Tensor
+
+from mamba_ginr.kernels.backends import first_line, register
+from mamba_ginr.kernels.selective_scan.triton_kernels import (
+    backward_kernel,
+    forward_kernel,
+    pack_kernel,
+    unpack_kernel,
+)
+from mamba_ginr.kernels.triton_tiles import contiguous_rows, gradients_wanted, room_for, sum_rows
+
+# Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
+SIZES = {"COLUMNS": 32, "CHUNK": 16}
+# States read ahead; registers of a thread, so that all warps of the training step find room at once.
+FORWARD = {"AHEAD": 2, "maxnreg": 128}
+
+
+def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
+    """Both directions in one launch, forward and backward; see the kernels."""
+    if u.dtype == torch.float64:
+        raise RuntimeError("scan backend triton: float64 is for the torch backend; the kernel's state is float32")
+    if not bidirectional:
+        B, C = B.unsqueeze(2), C.unsqueeze(2)
+    u, delta, z, B, C = (None if t is None else contiguous_rows(t) for t in (u, delta, z, B, C))
+    A, D, delta_bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return _triton_scan(*inputs, delta_softplus, gradients_wanted(inputs))[0]
+
+
+def _blocks(A: Tensor, B: Tensor) -> int:
+    """Programs that share the channels of a direction."""
+    return triton.cdiv(A.shape[0] // B.shape[2], SIZES["COLUMNS"])
+
+
+def _chunks(u: Tensor) -> int:
+    return triton.cdiv(u.shape[1], SIZES["CHUNK"])
+
+
+def _launch(kernel, before, inputs, after, strides, softplus, **flags):
+    """Run a kernel with one warp for every image, direction and block of channels."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
+    (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
+    half, walked = channels // directions, (u, delta, u if z is None else z)
+    chunks, chunk, block_n = _chunks(u), SIZES["CHUNK"], triton.next_power_of_2(d_state)
+    pairs = A.new_empty(batch, directions, chunks, d_state, 2 * chunk)
+    pack_kernel[chunks, directions, batch](
+        B, C, pairs, length, chunks, d_state, *(s for t in (B, C) for s in t.stride()[:3]),
+        BLOCK_N=block_n, CHUNK=chunk, num_warps=1,
+    )  # fmt: skip
+    strides = [*strides, length, half, d_state, *(stride for t in walked for stride in t.stride()[:2])]
+    # A as (d_state, channels): neighbouring channels lie side by side.
+    kernel[_blocks(A, B) * directions, batch](
+        *before, u, delta, A.t().contiguous(), pairs, D, z, delta_bias, *after, *strides,
+        HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
+        MASKED=half % SIZES["COLUMNS"] + length % chunk != 0, DIRECTIONS=directions, BLOCK_N=block_n,
+        num_warps=1, **SIZES, **flags,
+    )  # fmt: skip
+
+
+def kept_states(u: Tensor, A: Tensor, keep: bool) -> Tensor:
+    """Room for the states after every chunk, if they are kept: (batch, chunks, d_state, channels)."""
+    return A.new_empty(u.shape[0], _chunks(u) if keep else 0, A.shape[1], u.shape[2])
+
+
+def scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    """The output, and the states that ``scan_backward`` wants if ``keep``."""
+    u, _, A, *_ = inputs
+    out, states = torch.empty_like(u, memory_format=torch.contiguous_format), kept_states(u, A, keep)
+    if u.numel():
+        # Otherwise every chunk writes its states over those of the chunk before.
+        room = states if keep else A.new_empty(u.shape[0], 1, A.shape[1], u.shape[2])
+        strides = (room.stride(0), room.stride(1) if keep else 0)
+        _launch(forward_kernel, (), inputs, (out, room), strides, softplus, **FORWARD)
+    return out, states
+
+
+def scan_backward(
+    dout: Tensor, states: Tensor, inputs, softplus: bool, dz: Tensor, dBC: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta (their dtype) and A, and of D and delta_bias in one (2, channels), float32.
+
+    That of z goes to ``dz``; those of B and C go to ``dBC`` (batch, length, 2 · directions · d_state), B's first.
+    """
+    u, delta, A, B, *_ = inputs
+    (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
+    du, ddelta = (room_for(t, u) for t in (u, delta))
+    empty = u.numel() == 0  # no kernel runs to fill what is summed up below
+    new = A.new_zeros if empty else A.new_empty
+    dA, dvectors = new(batch, d_state, channels), new(batch, 2, channels)
+    if not empty:
+        blocks, chunks, chunk = _blocks(A, B), _chunks(u), SIZES["CHUNK"]
+        scratch = A.new_empty(2, batch, d_state, channels)
+        dpairs = A.new_empty(blocks, batch, directions, chunks, d_state, 2 * chunk)
+        strides = (batch, *dout.stride()[:2], *(dz.stride()[:2] if dz.numel() else (0, 0)))
+        after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dvectors), triton.next_power_of_2(d_state)
+        _launch(backward_kernel, (dout,), inputs, after, strides, softplus)
+        unpack_kernel[chunks, directions, batch](
+            dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
+            BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
+        )  # fmt: skip
+    return du, ddelta, sum_rows(dA).t().contiguous(), sum_rows(dvectors)
+
+
+INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+
+
+@torch.library.custom_op(
+    "mamba_ginr::selective_scan",
+    mutates_args=(),
+    schema=f"({INPUTS}, bool softplus, bool keep) -> (Tensor, Tensor)",
+)
+def _triton_scan(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
+    return scan_forward((u, delta, A, B, C, D, z, delta_bias), softplus, keep)
+
+
+@torch.library.custom_op(
+    "mamba_ginr::selective_scan_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor dout, Tensor states, {INPUTS}, bool softplus)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _triton_scan_backward(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
+    dz, inputs = room_for(z, u), (u, delta, A, B, C, D, z, delta_bias)
+    dBC = B.new_zeros(*B.shape[:2], 2 * B.shape[2] * B.shape[3], dtype=torch.float32)
+    du, ddelta, dA, dvectors = scan_backward(dout, states, inputs, softplus, dz, dBC)
+    dB, dC = dBC.unflatten(-1, (2, *B.shape[2:])).unbind(2)
+    return du, ddelta, dA, dB.to(B.dtype, copy=True), dC.to(C.dtype, copy=True), dz, dvectors
+
+
+@_triton_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
+    return torch.empty_like(u, memory_format=torch.contiguous_format), kept_states(u, A, keep)
+
+
+@_triton_scan_backward.register_fake
+def _(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
+    return *(room_for(t, u) for t in (u, delta, A, B, C, z)), A.new_empty(2, len(A))
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """For operators that take (tensors ..., a flag, keep) and return y and what their backward pass wants."""
+    *tensors, ctx.flag, _keep = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout: Tensor, _dstates):
+    states, *tensors = ctx.saved_tensors
+    *of_tensors, dz, (dD, dbias) = _triton_scan_backward(contiguous_rows(dout), states, *tensors, ctx.flag)
+    gradients = (*of_tensors, dD, dz, dbias)
+    return *(None if t is None else g for t, g in zip(tensors, gradients)), None, None
+
+
+def _try_triton(device: torch.device) -> str:
+    try:
+        with torch.enable_grad():  # the first scan may be asked for where no gradients are
+            # Of the kind that the model asks for, so that nothing is compiled in vain.
+            x = torch.ones(1, 16, 64, device=device, dtype=torch.float16, requires_grad=True)
+            A, D = torch.full((64, 16), -1.0, device=device), torch.ones(64, device=device)
+            B = x[..., :32].unflatten(-1, (2, 16))
+            out, _states = _triton_scan(x, x, A, B, B, D, x, D, True, True)
+            out.sum().backward()
+        return "" if torch.isfinite(x.grad).all() else "Triton's kernels give wrong results on this GPU"
+    except Exception as error:
+        # No C compiler, a GPU older than the compiler knows, a driver that does not fit.
+        return f"Triton's kernels do not run ({first_line(error)}); they need a C compiler and a GPU from Volta on"
+
+
+_triton_scan.register_autograd(_gradients, setup_context=save_inputs)
+register("selective_scan", "triton", _scan_triton, _try_triton)

@@ -1,0 +1,197 @@
+"""The selective scan against a plain recurrence in float64, gradients too, on each of its backends."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_checks import DEVICE, DEVICES, OPTIONS, TOLERANCE, make_inputs, needs_triton, relative_error
+
+from mamba_ginr.kernels import backend_fault, selective_scan
+from mamba_ginr.kernels.selective_scan.reference import reference
+
+
+def check_against_reference(inputs, softplus, backend):
+    """Outputs and every gradient against the float64 recurrence."""
+    dtype = inputs["u"].dtype
+    exact = {k: None if v is None else v.detach().cpu().double().requires_grad_() for k, v in inputs.items()}
+    bidirectional = inputs["B"].dim() == 4
+    y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=bidirectional, backend=backend)
+    truth = reference(**exact, delta_softplus=softplus)
+    assert y.dtype == dtype
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    used = [k for k, v in inputs.items() if v is not None]
+    gradients = torch.autograd.grad((y.double() * weights.to(y.device)).sum(), [inputs[k] for k in used])
+    true_gradients = torch.autograd.grad((truth * weights).sum(), [exact[k] for k in used])
+    for name, gradient, true_gradient in zip(used, gradients, true_gradients):
+        assert gradient.dtype == inputs[name].dtype, name
+        assert relative_error(gradient, true_gradient) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 16, 19])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torch_backend_equals_the_recurrence(options, length, dtype, directions):
+    inputs = make_inputs(length, OPTIONS[options], dtype, directions=directions)
+    check_against_reference(inputs, "softplus" in OPTIONS[options], "torch")
+
+
+# Lengths beyond 16, the longest chunk of any backend, so that states pass from chunk to chunk.
+@needs_triton
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_triton_backend_equals_the_recurrence(options, directions):
+    inputs = make_inputs(19, OPTIONS[options], torch.float32, directions=directions, device=DEVICE)
+    check_against_reference(inputs, "softplus" in OPTIONS[options], "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("length", "channels", "d_state"),
+    [(1, 1, 1), (32, 32, 2), (5, 35, 3), (35, 2, 16)],
+    ids=["one of each", "no masks needed", "two blocks and a rest", "16 states"],
+)
+def test_triton_backend_at_odd_sizes(length, channels, d_state, dtype):
+    inputs = make_inputs(
+        length,
+        OPTIONS["all"],
+        dtype,
+        1,
+        channels,
+        d_state,
+        directions=2 if channels < 32 else 1,
+        device=DEVICE,
+    )
+    check_against_reference(inputs, True, "triton")
+
+
+@needs_triton
+def test_triton_softplus_keeps_its_digits_where_it_is_small():
+    raw = torch.linspace(-20, 30, 1001, device=DEVICE).view(1, 1, -1)
+    one, A = torch.ones_like(raw), -torch.ones(raw.shape[2], 1, device=raw.device)
+    # After one step from h = 0 with u = B = C = 1, y is the step size.
+    y = selective_scan(one, raw, A, one[..., :1], one[..., :1], delta_softplus=True, backend="triton")
+    assert torch.allclose(y.double(), F.softplus(raw.double(), threshold=100), rtol=1e-6, atol=0)
+
+
+@needs_triton
+def test_triton_backend_takes_slices_as_they_are():
+    inputs = make_inputs(6, OPTIONS["all"], torch.float32, directions=2, device=DEVICE)
+    how = {"delta_softplus": True, "bidirectional": True, "backend": "triton"}
+    wide = {k: torch.cat([v, v.flip(0)], dim=-1)[..., : v.shape[-1]] for k, v in inputs.items() if v.dim() > 2}
+    assert not wide["u"].is_contiguous()
+    assert torch.equal(selective_scan(**{**inputs, **wide}, **how), selective_scan(**inputs, **how))
+
+
+@needs_triton
+def test_triton_backend_is_a_well_formed_operator():
+    inputs = make_inputs(5, OPTIONS["all"], torch.float32, directions=2, device=DEVICE)
+    operator = import_module("mamba_ginr.kernels.selective_scan.triton_ops")._triton_scan
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, (*inputs.values(), True, True), test_utils=checks)
+
+
+def test_gradients_by_finite_differences():
+    inputs = make_inputs(5, OPTIONS["all"], torch.float64, batch=1, channels=2, d_state=2)
+    assert torch.autograd.gradcheck(lambda *a: selective_scan(*a, delta_softplus=True), tuple(inputs.values()))
+
+
+def test_autocast_leaves_the_state_in_float32():
+    inputs = make_inputs(33, OPTIONS["all"], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = selective_scan(**inputs, delta_softplus=True)
+    assert torch.equal(inside, selective_scan(**inputs, delta_softplus=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_empty_sequence(backend):
+    inputs = {
+        k: v if v is None or v.dim() < 3 else v[:, :0] for k, v in make_inputs(2, OPTIONS["all"], torch.float32).items()
+    }
+    y = selective_scan(**{k: v.to(DEVICES[backend]) for k, v in inputs.items()}, backend=backend)
+    assert y.shape == (2, 0, 3)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["delta", "B", "C", "D", "z", "delta_bias"])
+def test_a_wrong_shape_is_named(name):
+    inputs = make_inputs(4, OPTIONS["all"], torch.float32)
+    inputs[name] = inputs[name].detach()[..., :-1]
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(.*\), got \("):
+        selective_scan(**inputs)
+
+
+def test_a_wrong_rank_is_named():
+    inputs = make_inputs(4, (), torch.float32)
+    with pytest.raises(ValueError, match=r"u must be \(batch, length, channels\)"):
+        selective_scan(**{**inputs, "u": inputs["u"][0]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 127, 512])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", ["mamba_ssm", "triton"])
+def test_backends_agree_on_the_gpu(backend, options, length, dtype):
+    if fault := backend_fault(backend, "cuda"):
+        pytest.skip(fault)
+    softplus = "softplus" in OPTIONS[options]
+    inputs = make_inputs(length, OPTIONS[options], dtype, channels=70, d_state=16, directions=2, device="cuda")
+    used = [k for k, v in inputs.items() if v is not None]
+    results = {}
+    for name in ("torch", backend):
+        y = selective_scan(**inputs, delta_softplus=softplus, bidirectional=True, backend=name)
+        results[name] = (y, *torch.autograd.grad(y.float().square().sum(), [inputs[k] for k in used]))
+    # For one token mamba-ssm's gradient of A is 2e-5, not zero.
+    smallest = 1e-2 if backend == "mamba_ssm" else 1e-3
+    for name, ours, theirs in zip(["y", *used], results["torch"], results[backend]):
+        assert relative_error(theirs, ours, smallest) < TOLERANCE[dtype], name
+
+
+# The grid of mamba-ssm's own test of its scan, tests/ops/test_selective_scan.py of release 2.3.2, in both directions.
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [8, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("softplus", [False, True], ids=["", "softplus"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "D"])
+@pytest.mark.parametrize("gate", [False, True], ids=["", "z"])
+def test_triton_on_the_grid_of_mamba_ssm(gate, skip, bias, softplus, length, dtype):
+    options = {"z": gate, "D": skip, "delta_bias": bias, "softplus": softplus}
+    options = [name for name, used in options.items() if used]
+    inputs = make_inputs(length, options, dtype, batch=2, channels=4, d_state=8, directions=2, device="cuda")
+    if bias and not softplus:  # a step size must be positive
+        inputs["delta_bias"] = inputs["delta_bias"].detach().abs().requires_grad_()
+    results = []
+    for backend in ("torch", "triton"):
+        exact = backend == "torch"
+        tensors = {k: None if v is None else v.detach().double() if exact else v.detach() for k, v in inputs.items()}
+        used = [v.requires_grad_() for v in tensors.values() if v is not None]
+        y = selective_scan(**tensors, delta_softplus=softplus, bidirectional=True, backend=backend)
+        results.append(
+            (y, *torch.autograd.grad(y, used, torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y)))
+        )
+    for name, truth, value in zip(["y", *(k for k, v in inputs.items() if v is not None)], *results):
+        assert relative_error(value, truth) < 5 * TOLERANCE[dtype], name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_triton_at_the_size_of_the_model(dtype):
+    inputs = make_inputs(512, OPTIONS["all"], dtype, 4, 512, 16, directions=2, device="cuda")
+    results = {}
+    for backend in ("torch", "triton", "triton"):
+        y = selective_scan(**inputs, delta_softplus=True, bidirectional=True, backend=backend)
+        values = (y, *torch.autograd.grad(y, tuple(inputs.values()), torch.ones_like(y)))
+        if backend in results:  # the same at every run, bit for bit
+            assert all(torch.equal(a, b) for a, b in zip(values, results[backend]))
+        results[backend] = values
+    for name, ours, theirs in zip(["y", *inputs], results["torch"], results["triton"]):
+        assert relative_error(theirs, ours) < TOLERANCE[dtype], name
