@@ -23,6 +23,7 @@ from mamba_ginr.kernels.backends import (
 from mamba_ginr.kernels.causal_conv import causal_conv
 from mamba_ginr.kernels.mamba_inner import mamba_inner
 from mamba_ginr.kernels.mlp import mlp
+from mamba_ginr.kernels.reorder import reorder
 from mamba_ginr.kernels.selective_scan import selective_scan
 
 if backends.triton is not None:  # the only place that decides so; each of these registers what it can run
@@ -40,6 +41,7 @@ __all__ = [
     "mamba_inner",
     "mamba_ssm_fault",
     "mlp",
+    "reorder",
     "selective_scan",
     "triton_fault",
     "use_backend",
