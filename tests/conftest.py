@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_runs import SETTINGS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU, slowly, as tests need them
@@ -20,6 +22,8 @@ for name in [n for n in os.environ if n.startswith("MAMBA_GINR_")]:
 
 from mamba_ginr.kernels import use_backend  # noqa: E402
 from run_notebook import import_script, write_script  # noqa: E402
+
+pytest.register_assert_rewrite("notebook_checks", "stand_ins")  # what fails in them is shown with its values, too
 
 
 def notebook_cells(kind: str, path: Path = NOTEBOOK) -> list[dict]:
@@ -100,3 +104,22 @@ def tiny(nb):
         return nb.MambaGINR(**{**config, "num_frequencies": 8, **changes})
 
     return build
+
+
+@pytest.fixture
+def data(nb):
+    generator = torch.Generator().manual_seed(0)
+    train, held_out, test = (
+        torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8) for n in (44, 6, 6)
+    )
+    return nb.ImageData("noise", train, held_out, test)
+
+
+@pytest.fixture
+def start(nb, tiny, data):
+    """Train the tiny model in a folder, as cell 11 does; a fresh model each time, as after a restart."""
+
+    def run(folder, identity=None, **changes):
+        return nb.train(tiny(), data, SimpleNamespace(**{**SETTINGS, **changes}), identity or {"DIM": 16}, folder)
+
+    return run

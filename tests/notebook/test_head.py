@@ -1,0 +1,103 @@
+"""The super-resolution head: when it answers, what it reads, and the spline with the pixels' means."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import CubicSpline
+
+
+def trained(model):
+    """The same model with a head that is no longer zero, as after training."""
+    torch.nn.init.normal_(model.head.to_rgb.weight)
+    torch.nn.init.normal_(model.head.to_rgb.bias)
+    return model.eval()
+
+
+def test_the_cell_says_who_answers(nb, tiny):
+    torch.manual_seed(0)
+    images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)
+    with torch.no_grad():
+        plain, model = tiny().eval(), trained(tiny())
+        assert torch.equal(model(images, coords), plain(images, coords))  # the decoder, without the head
+        finer = [model(images, coords, width) for width in (1 / 12, 1 / 16, 1 / 32, 1 / 64)]
+        assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(finer))
+        each = model(images, coords, torch.tensor([1 / 16, 1 / 8]))
+        assert torch.allclose(each[0], finer[1][0], atol=1e-6)
+        # At the width of the image's own pixels nothing is added, and at their centres they come back.
+        own = model(images, nb.pixel_grid(8))
+        assert torch.allclose(model(images, nb.pixel_grid(8), 1 / 8), own, atol=1e-5)
+        assert torch.allclose(each[1], plain(images, coords, 1 / 8)[1], atol=1e-6)
+
+
+def test_means_of_the_spline_are_the_pixels(nb):
+    torch.manual_seed(0)
+    spline, pixels = nb.HistoSpline(8), torch.rand(2, 3, 8, 8)
+    for scale in (1, 2, 3, 5, 8):
+        width = torch.tensor([1 / (8 * scale)])
+        finer = spline(pixels, nb.pixel_grid(8 * scale)[None], width).transpose(1, 2).unflatten(2, (8 * scale, -1))
+        assert torch.allclose(F.avg_pool2d(finer, scale), pixels, atol=1e-5)
+    # Wider than a pixel it takes the mean over several, at the border over what there is of them.
+    wide = spline(pixels, torch.tensor([[[0.25, 0.5], [0.0, 0.5]]]), torch.tensor([0.25]))
+    assert torch.allclose(wide[:, 0], pixels[:, :, 1:3, 3:5].mean((2, 3)), atol=1e-5)
+    assert torch.allclose(wide[:, 1], pixels[:, :, :1, 3:5].mean((2, 3)), atol=1e-5)
+
+
+def test_the_spline_is_scipys(nb):
+    x, line = np.linspace(0.2, 0.8, 7), np.random.default_rng(0).random(8)
+    whole = CubicSpline(np.arange(9) / 8, np.cumsum([0, *line / 8]), bc_type="natural")
+    expected = (whole(x + 0.05) - whole(x - 0.05)) / 0.1
+    pixels = torch.from_numpy(line).float().expand(1, 3, 8, 8)
+    coords = torch.stack([torch.full((7,), 0.5), torch.from_numpy(x).float()], dim=1)[None]
+    assert np.allclose(nb.HistoSpline(8)(pixels, coords, torch.tensor([0.1]))[0, :, 0], expected, atol=1e-5)
+
+
+def test_the_head_answers_without_a_step(nb):
+    """Nothing jumps where a query passes from one map pixel to the next, or beyond the last."""
+    torch.manual_seed(0)
+    head = nb.SuperResolutionHead(8, 4, None, dim=5, num_blocks=1, hidden=7).double()
+    torch.nn.init.normal_(head.to_rgb.weight)
+    features, places = torch.randn(1, 64, 7, dtype=torch.float64), torch.arange(0, 33, dtype=torch.float64) / 32
+    low, high = (
+        torch.cartesian_prod((places + side).clamp(0, 1), (places + side).clamp(0, 1)) for side in (-1e-9, 1e-9)
+    )
+    before, after = (head.read(features, coords[None], torch.ones(1).double()) for coords in (low, high))
+    assert before.std() > 0.1
+    assert (after - before).abs().max() < 1e-6
+
+
+def test_the_head_reads_the_four_nearest_pixels_of_its_map(nb):
+    torch.manual_seed(0)
+    head = nb.SuperResolutionHead(6, 4, None, dim=5, num_blocks=1, hidden=7)
+    torch.nn.init.normal_(head.to_rgb.weight)
+    features, coords = torch.randn(2, 36, 7, requires_grad=True), torch.tensor([[0.30, 0.55], [0.0, 1.0]])
+    (gradient,) = torch.autograd.grad(head.read(features, coords[None], torch.ones(1))[0, 0].sum(), features)
+    assert gradient[0].abs().sum(1).nonzero().squeeze(1).tolist() == [8, 9, 14, 15]  # rows 1 and 2, columns 2 and 3
+    (gradient,) = torch.autograd.grad(head.read(features, coords[None], torch.ones(1))[1, 1].sum(), features)
+    assert gradient[1].abs().sum(1).nonzero().squeeze(1).tolist() == [5]  # the corner, beyond which there is none
+    own = torch.stack([coords, coords.flip(0)])  # of each image, or shared
+    each = head.read(features, own, torch.ones(1))
+    assert torch.allclose(each[0], head.read(features, coords[None], torch.ones(1))[0], atol=1e-6)
+    assert torch.allclose(each[1], head.read(features, coords.flip(0)[None], torch.ones(1))[1], atol=1e-6)
+
+
+def test_the_latents_pixels_lie_where_their_patch_does(nb):
+    head = nb.SuperResolutionHead(6, 4, 3, dim=1, num_blocks=0, hidden=1)
+    for part in (head.of_pixels, head.of_latents, head.of_map):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.zeros_(part.bias)
+    torch.nn.init.ones_(head.of_map.weight)
+    head.of_latents.weight.data = torch.eye(4)  # latent channel k is pixel k of its patch, in raster order
+    latents = torch.arange(36.0).view(1, 9, 4)
+    features = head.map(latents, torch.zeros(1, 3, 6, 6)).view(3, 2, 3, 2)
+    for patch in range(9):
+        row, column = divmod(patch, 3)
+        assert features[row, :, column].flatten().tolist() == latents[0, patch].tolist()
+
+
+def test_without_an_lp_token_to_a_patch_the_head_reads_the_pixels_alone(nb, tiny):
+    model, images, coords = trained(tiny(num_lp=8)), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
+    assert model.head.of_latents is None
+    with torch.no_grad():
+        assert (model(images, coords, 1 / 32) - model(images, coords, 1 / 16)).abs().max() > 1e-3

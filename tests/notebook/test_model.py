@@ -1,0 +1,73 @@
+"""The whole model: its sizes, what it refuses, and that it learns."""
+
+import pytest
+import torch
+
+import mamba_ginr.data as loading
+
+
+def test_eight_images_are_learnt_past_40_db(nb):
+    torch.manual_seed(0)
+    images = loading.load_photos(12)[1][100:1300:150][:8]
+    model = nb.MambaGINR(image_size=12, dim=64, depth=1, d_state=8, num_lp=36, decoder_dim=128, fourier_std=5.0)
+    optimizer = nb.make_optimizer(model, "adamw", 1e-3, 0.99, 0.0, 0.1)
+    (images, target), coords = nb.to_batch(images), nb.pixel_grid(12)
+    for step in range(500):
+        for group in optimizer.param_groups:
+            group["lr"] = nb.learning_rate(step, 500, 40, 5e-3)
+        loss = torch.nn.functional.mse_loss(model(images, coords), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        assert nb.psnr(model(images, coords), target).mean() > 40
+
+
+def test_images_of_a_wrong_kind_are_named(tiny):
+    model = tiny()
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 8, 8\), float in \[0, 1\], got \(1, 3, 9, 8\)"):
+        model.encode(torch.rand(1, 3, 9, 8))
+    with pytest.raises(ValueError, match=r"got \(1, 3, 8, 8\) torch.uint8"):
+        model.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_a_patch_size_that_does_not_fit(tiny):
+    with pytest.raises(ValueError, match="patch_size 3 must divide image_size 8"):
+        tiny(patch_size=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{name: 0} for name in ("depth", "d_state", "d_conv", "expand", "decoder_dim", "head_dim", "head_hidden")]
+    + [{"decoder": "scent", "decoder_blocks": 0}, {"decoder": "hybrid", "decoder_blocks": -1}],
+    ids=str,
+)
+def test_a_model_without_a_part_is_named(tiny, changes):
+    name, value = list(changes.items())[-1]
+    with pytest.raises(ValueError, match=f"^{name} = {value}: at least 1"):
+        tiny(**changes)
+
+
+def test_the_default_model_has_the_sizes_of_the_figure(nb):
+    model = nb.MambaGINR()
+    model.fused = False
+    shapes = {}
+    for name in ("patch_embedding", "encoder", "decoder.fourier", "decoder.attention", "decoder.blocks", "decoder"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
+    with torch.no_grad():
+        latents = model.encode(torch.rand(1, 3, 32, 32))
+        model.decode(latents, torch.rand(10, 2))
+    assert latents.shape == (1, 256, 256)
+    assert shapes == {
+        "patch_embedding": (1, 256, 256),
+        "encoder": (1, 512, 256),
+        "decoder.fourier": (1, 10, 64),
+        "decoder.attention": (1, 10, 512),
+        "decoder.blocks": (1, 10, 512),
+        "decoder": (1, 10, 3),
+    }
+    # 4 bytes each, in the head 2: a checkpoint stays under 50 MB.
+    assert sum(p.numel() for p in model.parameters()) == 12_713_094

@@ -1,0 +1,81 @@
+"""The cells run as a program, with settings from the environment."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from stand_ins import write_images
+
+from mamba_ginr import checkpoints
+
+
+def test_the_program_refuses_a_wrong_setting(run_script):
+    process = run_script(EPOCH=3)
+    assert process.returncode == 1
+    assert "MAMBA_GINR_EPOCH is not a setting of this notebook" in process.stderr
+
+
+@pytest.mark.parametrize("settings", [{"SMALL": 1}, {"SMALL": 0, "TRAIN": 0}], ids=["small", "pretrained"])
+def test_only_a_full_run_writes_beside_the_notebook(run_script, settings, tmp_path):
+    process = run_script(**settings, OUTPUT_DIR=".")
+    assert process.returncode == 1
+    assert "set OUTPUT_DIR to another folder" in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script, tmp_path):
+    write_images(tmp_path / "mine", {"train/a": 20, "test/a": 8})
+    settings = {"SMALL": 1, "TRAIN": 0, "DATASET": "folder", "DATA_DIR": "mine", "HELD_OUT": 4, "PRETRAINED": "its.pth"}
+    process = run_script(**settings)
+    assert process.returncode == 1
+    assert "its.pth does not exist" in process.stderr
+    checkpoints.save_model(tmp_path / "its.pth", tiny(image_size=32, patch_size=8), {}, {"epoch": 7})
+    process = run_script(**settings)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "runs/pretrained/figures/results.json").read_text())
+    assert (results["best_epoch"], results["test_images"]) == (7, 8)
+    assert "epochs" not in results
+    assert "weights of its.pth" in process.stdout.strip().split("\n")[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "its.pth", "runs"}
+    assert not (tmp_path / "runs/pretrained/checkpoints").exists()
+
+
+def test_an_unknown_decoder_is_named(run_script):
+    process = run_script(DECODER="residual")
+    assert process.returncode == 1
+    assert "DECODER = 'residual': choose one of lainr, gaussian, scent, hybrid" in process.stderr
+
+
+@pytest.mark.parametrize("decoder", ["lainr", "hybrid"])
+def test_results_name_their_data_and_decoder(run_script, decoder, tmp_path):
+    write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
+    small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
+    small |= {"DECODER": decoder, "SR_FRACTION": 0.25, "HARD_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1, "HEAD_BLOCKS": 1}
+    process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
+    assert process.returncode == 0, process.stderr
+    suffix = "" if decoder == "lainr" else "_hybrid"
+    written = {p.name for p in (tmp_path / "runs/small").rglob("*") if p.is_file()}
+    assert written == {
+        *(f"mamba_ginr{suffix}_{name}.pth" for name in ("best", "state")),
+        *(f"{name}{suffix}.png" for name in ("mamba_ginr_super_resolution", "psnr_curves", "reconstructions")),
+        f"results{suffix}.json",
+    }
+    results = json.loads((tmp_path / f"runs/small/figures/results{suffix}.json").read_text())
+    assert results["decoder"] == decoder
+    assert set(results["enlargement"]) == {"my photos (folder) ×2", *(f"photographs ×{k}" for k in (2, 4, 8))}
+    assert results["dataset"] == "my photos (folder)"
+    assert results["train_images"] == 16
+    last = process.stdout.strip().split("\n")[-1]
+    assert re.match(r"my photos \(folder\): 0\.\d M parameters, 2 epochs of 16 images", last), last
+
+
+def test_the_notebook_alone_says_what_it_needs(script, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    (tmp_path / "alone.py").write_bytes(script.read_bytes())
+    command = [sys.executable, "alone.py"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "The folder mamba_ginr/ lies beside this notebook in its repository and is not here." in process.stderr

@@ -1,0 +1,77 @@
+"""The training loop: what it writes, which weights it keeps, and settings that fit no epoch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_runs import SETTINGS
+
+from mamba_ginr import checkpoints, training_run
+
+
+def test_training_writes_what_it_promises(nb, start, tmp_path):
+    run = start(tmp_path)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {
+        "checkpoints/mamba_ginr_state.pth",
+        "checkpoints/mamba_ginr_best.pth",
+        "figures/psnr_curves.png",
+    }
+    _, checkpoint = nb.load_model(run.best_path)
+    best = max(run.history, key=lambda row: row["psnr_mean"])
+    assert checkpoint["metrics"] == best
+    assert run.history[0]["train_loss"] > run.history[-1]["train_loss"]
+    assert all(row["train_loss_finer"] > 0 for row in run.history)
+    assert best["psnr_mean"] > run.history[0]["psnr_mean"]
+
+
+def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monkeypatch, tmp_path):
+    scores = iter([10.0, 30.0, 20.0])
+    kept, save_model = {}, checkpoints.save_model
+    evaluate = nb.evaluate
+
+    def scripted(model, images, batch_size):
+        assert images is data.held_out
+        return {**evaluate(model, images, batch_size), "psnr_mean": next(scores)}
+
+    def spy(path, model, settings, metrics):
+        kept[metrics["epoch"]] = {k: v.clone() for k, v in model.state_dict().items()}
+        save_model(path, model, settings, metrics)
+
+    monkeypatch.setattr(nb, "evaluate", scripted)
+    monkeypatch.setattr(training_run, "save_model", spy)
+    run = start(tmp_path)
+    model, checkpoint = nb.load_model(run.best_path)
+    assert checkpoint["metrics"]["epoch"] == 2
+    assert sorted(kept) == [1, 2]
+    rounded = {k: v.half().float() if k.startswith("head.") else v for k, v in kept[2].items()}
+    assert all(torch.equal(v, rounded[k]) for k, v in model.state_dict().items())
+
+
+def test_trained_weights_start_no_other_run(nb, tiny, data, tmp_path):
+    model, settings = tiny(), SimpleNamespace(**SETTINGS)
+    nb.train(model, data, settings, {}, tmp_path)
+    assert nb.train(model, data, settings, {}, tmp_path).epoch == 3  # read back
+    (tmp_path / "checkpoints/mamba_ginr_state.pth").unlink()
+    with pytest.raises(ValueError, match=r"these weights are trained already.*run cell 10 for new ones"):
+        nb.train(model, data, settings, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"BATCH_SIZE": 45}, "BATCH_SIZE = 45 must lie in 1 … 44"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE = 0 must lie in 1 … 44"),
+        ({"WARMUP_EPOCHS": 3}, "WARMUP_EPOCHS = 3 must be less than EPOCHS = 3"),
+        ({"EPOCHS": 0}, "must be less than EPOCHS = 0"),
+        ({"SR_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 2 hard images and 8 mosaics: they must leave an image"),
+        ({"SR_QUERIES": 0}, "SR_QUERIES = 0: mosaics are asked for at least one"),
+        ({"GRADIENT_CLIP": 1.0}, "GRADIENT_CLIP = 1.0 must be over 1"),
+        ({"SEED": 2**32}, "SEED = 4294967296 must lie in 0 … 2³² − 1"),
+        ({"HARD_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 8 hard images and 2 mosaics: they must leave an image"),
+    ],
+)
+def test_settings_that_fit_no_epoch(start, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,193 @@
+"""Checkpoints: written whole or not at all, read back, spoilt, and of other versions."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from mamba_ginr import checkpoints
+
+
+def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeypatch, tmp_path):
+    begun, let_go = threading.Event(), threading.Event()
+    write = nb.save_atomically
+
+    def slowly(path, write_to):
+        begun.set()
+        assert let_go.wait(60)
+        write(path, write_to)
+
+    monkeypatch.setattr(checkpoints, "save_atomically", slowly)
+    saver, weights = checkpoints.Saver(tmp_path / "state.pth"), torch.zeros(3)
+    saver.save({"weights": weights})
+    assert begun.wait(60)
+    weights += 1  # the next step
+    assert not saver.path.exists()
+    let_go.set()
+    saver.close()
+    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [0, 0, 0]
+
+    def fails(path, write_to):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save_atomically", fails)
+    saver.save({"weights": weights})
+    with pytest.raises(OSError, match="disk full"):
+        saver.close()
+    saver.save({"weights": weights})
+    saver.pending.exception()  # waits for it
+    monkeypatch.setattr(checkpoints, "save_atomically", write)  # there is room again
+    with pytest.raises(OSError, match="disk full"):
+        saver.save({"weights": weights})
+    saver.close()
+    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [1, 1, 1]
+
+
+def test_a_saved_model_gives_the_same_values(nb, tiny, tmp_path):
+    model = tiny(seed=5).eval()
+    checkpoints.save_model(tmp_path / "m.pth", model, {"SEED": 5}, {"psnr_mean": 1.0})
+    loaded, checkpoint = nb.load_model(tmp_path / "m.pth")
+    images, coords = torch.rand(1, 3, 8, 8), torch.rand(9, 2)
+    torch.nn.init.normal_(model.head.to_rgb.weight)
+    checkpoints.save_model(tmp_path / "trained.pth", model, {}, {})
+    with torch.no_grad():
+        assert torch.equal(model(images, coords), loaded(images, coords))
+        finer = model(images, coords, 1 / 32), nb.load_model(tmp_path / "trained.pth")[0](images, coords, 1 / 32)
+    assert torch.allclose(*finer, atol=5e-3)  # the head is kept in float16
+    assert not loaded.training
+    assert checkpoint["settings"] == {"SEED": 5}
+
+
+def spoil(path, how):
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    elif how == "picture":
+        Image.new("RGB", (4, 4)).save(path, format="PNG")
+    elif how == "code":
+        torch.save({"kind": print}, path)  # a pickle that names a function
+    elif how == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "picture", "code", "foreign"])
+def test_a_spoilt_file_is_named_and_kept(nb, start, how, tmp_path):
+    start(tmp_path, EPOCHS=2)
+    state, best = (tmp_path / f"checkpoints/mamba_ginr_{name}.pth" for name in ("state", "best"))
+    for path, read in [(state, lambda: start(tmp_path, EPOCHS=2)), (best, lambda: nb.load_model(best))]:
+        spoilt = spoil(path, how)
+        with pytest.raises(checkpoints.CheckpointError) as error:
+            read()
+        assert str(path) in str(error.value)
+        assert "Move it away" in str(error.value)
+        assert path.read_bytes() == spoilt
+
+
+def test_a_missing_checkpoint_says_train_first(nb, tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="does not exist: train first"):
+        nb.load_model(tmp_path / "none.pth")
+
+
+def test_a_model_is_no_state_and_a_state_no_model(nb, start, tmp_path):
+    run = start(tmp_path, EPOCHS=2)
+    with pytest.raises(checkpoints.CheckpointError, match="not a model of this notebook"):
+        nb.load_model(run.state_path)
+    torch.save({"kind": "MAMBA-GINR model"}, tmp_path / "empty.pth")
+    with pytest.raises(checkpoints.CheckpointError, match=r"empty\.pth.*'config'"):
+        nb.load_model(tmp_path / "empty.pth")
+    run.state_path.write_bytes(run.best_path.read_bytes())
+    with pytest.raises(checkpoints.CheckpointError, match="not a training state of this notebook"):
+        start(tmp_path, EPOCHS=2)
+
+
+def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, capsys):
+    model = tiny().eval()
+    checkpoints.save_model(tmp_path / "old.pth", model, {}, {})
+    checkpoint = torch.load(tmp_path / "old.pth", weights_only=True)
+    checkpoint["config"] = {k: v for k, v in model.config.items() if not k.startswith("head_")} | {"mixing_dim": 4}
+    weights = {k: v for k, v in checkpoint["weights"].items() if not k.startswith("head.")}
+    checkpoint["weights"] = weights | {"mixing.convolution.weight": torch.randn(4, 16, 3, 3)}
+    torch.save(checkpoint, tmp_path / "old.pth")
+    old, _ = nb.load_model(tmp_path / "old.pth")
+    torch.save({**checkpoint, "config": {"mixing_dim": 4}}, tmp_path / "poor.pth")
+    with pytest.raises(checkpoints.CheckpointError, match="their configuration has no d_conv, d_state"):
+        nb.load_model(tmp_path / "poor.pth")
+    assert "is from before the super-resolution head" in capsys.readouterr().out
+    images, coords = torch.rand(2, 3, 8, 8), torch.rand(1, 5, 2)
+    with torch.no_grad():
+        own = model(images, nb.pixel_grid(8))
+        assert torch.equal(old(images, nb.pixel_grid(8)), own)
+        pixels = own.transpose(1, 2).unflatten(2, (8, 8))
+        spline = model.head.spline(pixels, coords, torch.tensor([1 / 32]))
+        assert torch.allclose(old(images, coords[0], 1 / 32), spline, atol=1e-6)
+
+
+def test_weights_that_call_the_decoder_residual_load(nb, tiny, tmp_path):
+    model = tiny()
+    model.config = {**model.config, "decoder": "residual"}
+    checkpoints.save_model(tmp_path / "old.pth", model, {}, {})
+    old, checkpoint = nb.load_model(tmp_path / "old.pth")
+    assert old.config["decoder"] == checkpoint["config"]["decoder"] == "lainr"
+    assert torch.equal(old.decoder.to_rgb.weight, model.decoder.to_rgb.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda config: config.pop("pixel_scale"), "their configuration has no pixel_scale"),
+        (lambda config: config.update(colours=4), "unexpected keyword argument 'colours'"),
+        (lambda config: config.update(dim=24), "size mismatch"),
+        (lambda config: config.update(decoder="mlp"), "decoder = 'mlp'"),
+        (lambda config: config.update(patch_size=3), "patch_size 3 must divide"),
+    ],
+)
+def test_weights_of_another_version_are_refused(nb, tiny, change, reason, tmp_path):
+    checkpoints.save_model(tmp_path / "model.pth", tiny(), {}, {})
+    checkpoint = torch.load(tmp_path / "model.pth", weights_only=True)
+    change(checkpoint["config"])
+    torch.save(checkpoint, tmp_path / "model.pth")
+    with pytest.raises(checkpoints.CheckpointError, match=f"(?s)do not fit this version of the model: .*{reason}"):
+        nb.load_model(tmp_path / "model.pth")
+
+
+def test_kill_during_a_save_leaves_the_old_file_whole(script, tmp_path):
+    program = f"""
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(script.parent)!r})
+import notebook_cells as nb
+path = Path({str(tmp_path / "state.pth")!r})
+state = lambda n: {{"kind": "MAMBA-GINR training state", "n": n, "weights": torch.full((1000,), float(n))}}
+nb.save_atomically(path, lambda file: torch.save(state(1), file))
+def half_then_killed(file):
+    torch.save(state(2), file)
+    file.flush()
+    os.truncate(file.name, os.path.getsize(file.name) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+nb.save_atomically(path, half_then_killed)
+"""
+    process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "state.pth", weights_only=True)["n"] == 1
+    assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which the next save writes over
+
+
+def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
+    path = tmp_path / "file"
+    nb.save_atomically(path, lambda file: file.write(b"old"))
+    with pytest.raises(ZeroDivisionError):
+        nb.save_atomically(path, lambda file: file.write(b"new" * (1 // 0)))
+    assert path.read_bytes() == b"old"
+    nb.save_atomically(path, lambda file: file.write(b"new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"new"

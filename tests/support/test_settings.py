@@ -1,0 +1,56 @@
+"""Settings: from the environment, from a choice of others, and what a wrong one says."""
+
+import pytest
+
+import mamba_ginr.settings as settings_module
+
+DEFAULTS = {"EPOCHS": 40, "LEARNING_RATE": 5e-4, "DATASET": "auto", "COMPILE": False}
+
+
+def test_settings_come_from_the_environment(nb):
+    environment = {
+        "MAMBA_GINR_EPOCHS": "7",
+        "MAMBA_GINR_LEARNING_RATE": "1e-3",
+        "MAMBA_GINR_DATASET": "folder",
+        "MAMBA_GINR_COMPILE": "true",
+        "HOME": "/",
+    }
+    settings = settings_module.settings_from_environment(DEFAULTS, environment)
+    assert settings == {"EPOCHS": 7, "LEARNING_RATE": 1e-3, "DATASET": "folder", "COMPILE": True}
+    assert settings_module.settings_from_environment(DEFAULTS, {}) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EPOCH", "7", r"MAMBA_GINR_EPOCH is not a setting.*MAMBA_GINR_DATASET, MAMBA_GINR_EPOCHS, MAMBA_GINR_L"),
+        ("EPOCHS", "ten", r"MAMBA_GINR_EPOCHS='ten': expected int of at least 0, such as 40"),
+        ("EPOCHS", "7.5", "expected int"),
+        ("EPOCHS", "-1", "at least 0"),
+        ("LEARNING_RATE", "nan", "expected float"),
+        ("LEARNING_RATE", "inf", "expected float"),
+        ("COMPILE", "maybe", "expected 0, 1, false or true"),
+    ],
+)
+def test_a_wrong_setting_says_what_is_valid(nb, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        settings_module.settings_from_environment(DEFAULTS, {f"MAMBA_GINR_{name}": value})
+
+
+def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys):
+    column = {
+        "EPOCHS": 40,
+        "EVAL_BATCH": 8,
+        "QUERY_CHUNK": 8,
+        "DIM": 256,
+        "RATE": 2e-3,
+        "OPTIMIZER": "adamw",
+        "SMALL": 1,
+    }
+    choices = {"OPTIMIZER": {"muon": {}, "adamw": {"RATE": 1e-3, "DIM": 128}}, "SMALL": {1: {"DIM": 64, "EPOCHS": 5}}}
+    others = {"DECODERS": {}, "lower": 3}  # neither a table nor another name is a setting
+    settings = nb.choose_settings({**column, **others}, choices, {"MAMBA_GINR_EPOCHS": "7"})
+    assert settings == {**column, "DIM": 64, "RATE": 1e-3, "EPOCHS": 7}
+    assert capsys.readouterr().out == "OPTIMIZER = adamw sets RATE = 0.001, DIM = 128.\n"
+    with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
+        nb.choose_settings(column, choices, {"MAMBA_GINR_OPTIMIZER": "sgd"})

@@ -1,0 +1,116 @@
+"""A run: interrupted and resumed, finished and read back, its state and its best weights."""
+
+import math
+import signal
+
+import pytest
+import torch
+from tiny_runs import SETTINGS, STEPS, state_in, tensors, without_times
+
+from mamba_ginr import checkpoints
+
+
+@pytest.fixture
+def interrupt_at(nb, monkeypatch):
+    """Send the interrupt of Jupyter's stop button while a given step, counted over the epochs, is running."""
+    schedule = nb.learning_rate
+
+    def arm(interrupted_step):
+        def learning_rate(step, *rest):
+            if step == interrupted_step:
+                signal.raise_signal(signal.SIGINT)
+            return schedule(step, *rest)
+
+        monkeypatch.setattr(nb, "learning_rate", learning_rate)
+
+    return arm
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(start, interrupt_at, tmp_path):
+    whole = start(tmp_path / "whole")
+    for step in (6, 9, 10):  # the middle, the last and the first step of an epoch
+        interrupt_at(step)
+        with pytest.raises(KeyboardInterrupt, match="saved after step"):
+            start(tmp_path / "parts")
+        saved = state_in(tmp_path / "parts")
+        assert saved["epoch"] * STEPS + saved["step"] == step + 1  # the running step was finished, no more
+    interrupt_at(None)
+    parts = start(tmp_path / "parts")
+
+    expected, found = tensors(state_in(tmp_path / "whole")), tensors(state_in(tmp_path / "parts"))
+    assert len(expected) > 50
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert without_times(parts.history) == without_times(whole.history)
+    assert len(whole.history) == SETTINGS["EPOCHS"]
+
+
+def test_a_finished_run_is_read_back_not_repeated(nb, start, monkeypatch, tmp_path):
+    first = start(tmp_path)
+    monkeypatch.setattr(nb, "learning_rate", lambda *_: pytest.fail("a step was trained"))
+    assert start(tmp_path).history == first.history
+
+
+def test_a_state_of_another_configuration_is_refused_and_kept(nb, start, tmp_path):
+    start(tmp_path, {"DIM": 16, "SEED": 0})
+    path = tmp_path / "checkpoints/mamba_ginr_state.pth"
+    before = path.read_bytes()
+    with pytest.raises(checkpoints.CheckpointError, match="SEED is 0 there and 1 here") as error:
+        start(tmp_path, {"DIM": 16, "SEED": 1})
+    assert str(path) in str(error.value)
+    assert "move the file away" in str(error.value)
+    assert "DIM" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_an_interrupt_of_the_last_evaluation_is_heard(nb, start, monkeypatch, tmp_path):
+    evaluate = nb.evaluate
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(nb, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the run is finished and saved"):
+        start(tmp_path, EPOCHS=1, WARMUP_EPOCHS=0)
+    assert state_in(tmp_path)["epoch"] == 1
+    assert start(tmp_path, EPOCHS=1, WARMUP_EPOCHS=0).epoch == 1
+
+
+def test_a_finished_run_leaves_nothing_to_go_back_to(start, tmp_path):
+    identity = {"EPOCHS": 2}
+    run = start(tmp_path, identity, EPOCHS=2)
+    state = state_in(tmp_path)
+    assert (state["kept"], state["latest"]) == ({}, {})
+    again = start(tmp_path, identity, EPOCHS=2)
+    assert without_times(again.history) == without_times(run.history)
+
+
+def test_the_best_weights_are_those_of_the_run(nb, start, tmp_path):
+    first, second = start(tmp_path / "first"), start(tmp_path / "second", LEARNING_RATE=1e-3)
+    model, checkpoint = first.load_best()
+    assert checkpoint["metrics"] in first.history
+    assert not model.training
+    first.best_path.write_bytes(second.best_path.read_bytes())
+    with pytest.raises(checkpoints.CheckpointError, match=r"is of another run than .*_state\.pth"):
+        first.load_best()
+    first.best_path.unlink()
+    with pytest.raises(checkpoints.CheckpointError, match=r"_best.pth is gone: move .*_state.pth away, too"):
+        first.load_best()
+
+
+def test_a_score_that_is_no_number_is_not_the_best(nb, start, monkeypatch, tmp_path):
+    evaluate, scores = nb.evaluate, iter((math.nan, 10.0, 9.0))
+    monkeypatch.setattr(nb, "evaluate", lambda *a: {**evaluate(*a), "psnr_mean": next(scores)})
+    run = start(tmp_path)
+    assert run.load_best()[1]["metrics"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("spoil", [lambda s: s.pop("caution"), lambda s: s.update(losses=torch.zeros(3, 2))])
+def test_a_state_of_another_version_is_named(nb, start, spoil, tmp_path):
+    run = start(tmp_path, EPOCHS=2)
+    state = state_in(tmp_path)
+    spoil(state)
+    torch.save(state, run.state_path)
+    with pytest.raises(checkpoints.CheckpointError, match=r"_state.pth does not fit this version of the training"):
+        start(tmp_path, EPOCHS=2)
