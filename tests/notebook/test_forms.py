@@ -49,3 +49,5 @@ def test_an_edited_line_takes_effect_at_once_and_a_line_says_so(script, name, tm
     said = "were edited, and run as they stand: they no longer agree" if name else "agree"
     assert f"Cells 3 to 6 {said} with their fast forms" in capsys.readouterr().out
     assert names["model"].fused == names["settings"]["FUSED"] == (name is None)
+    loaded, _ = names["load_model"](ROOT / "checkpoints/mamba_ginr_best.pth")
+    assert loaded.fused == (name is None)
