@@ -6,7 +6,8 @@ others: in Triton, or from the package mamba-ssm. This module imports none of th
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ def use_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     _require(name, device)
     _chosen["backend"] = name
     return choose_backend(device) if name == "auto" else (name, "as asked")
+
+
+@contextmanager
+def backend_set_to(name: str) -> Iterator[None]:
+    """Have ``name`` for the default within, whatever was chosen."""
+    chosen, _chosen["backend"] = _chosen["backend"], name
+    try:
+        yield
+    finally:
+        _chosen["backend"] = chosen
 
 
 def choose_backend(device: torch.device | str) -> tuple[str, str]:

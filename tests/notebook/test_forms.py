@@ -6,12 +6,19 @@ import pytest
 import torch
 from conftest import ROOT
 
+from mamba_ginr.kernels import backends
 from mamba_ginr.kernels.forms import difference_of_forms
 
 
 @pytest.mark.parametrize("decoder", ["lainr", "gaussian", "scent", "hybrid"])
 def test_outputs_and_gradients_are_those_of_the_cells(nb, decoder):
     assert difference_of_forms(nb.MambaGINR, {**nb.model_config, "decoder": decoder}) < 1e-4
+
+
+def test_they_are_compared_whatever_backend_was_chosen(nb, monkeypatch):
+    monkeypatch.setitem(backends._chosen, "backend", "mamba_ssm")
+    assert difference_of_forms(nb.MambaGINR, nb.model_config) < 1e-4
+    assert backends._chosen["backend"] == "mamba_ssm"
 
 
 @pytest.mark.parametrize(("precision", "apart", "least"), [(torch.float32, 0.001, 75), (torch.float16, 4, 70)])
