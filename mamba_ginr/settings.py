@@ -49,15 +49,15 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     ValueError for a value that is no choice, a count of 0, and what ``settings_from_environment`` refuses.
     """
     defaults = {n: v for n, v in names.items() if n.isupper() and isinstance(v, (bool, int, float, str))}
-    asked, settings = settings_from_environment(defaults, environment), dict(defaults)
+    asked, changes = settings_from_environment(defaults, environment), {}
     for name, table in choices.items():
         value = asked[name]
         if value not in table:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(map(str, table))}")
-        settings |= table[value]
+        changes |= table[value]
         if table[value] and isinstance(value, str):
             print(f"{name} = {value} sets {', '.join(f'{n} = {v}' for n, v in table[value].items())}.")
-    settings |= {name: value for name, value in asked.items() if f"MAMBA_GINR_{name}" in environment}
+    settings = settings_from_environment(defaults | changes, environment)
     for name in POSITIVE:
         if settings[name] < 1:
             raise ValueError(f"{name} = {settings[name]}: at least 1")

@@ -39,13 +39,13 @@ def _block(block: nn.Module, x: Tensor, branch: Branch | None, select=None) -> t
 
 def _bimamba(mixer: nn.Module, x: Tensor) -> Branch:
     mambas = [mixer.forward_mamba, mixer.backward_mamba]
-    y = scan_directions(x, mambas)
+    y = _scan_directions(x, mambas)
     # join · out_proj is one linear map, a product of small matrices, applied to y at once.
     maps = [part @ m.out_proj.weight for part, m in zip(mixer.join.weight.chunk(2, dim=1), mambas)]
     return F.linear(y, torch.cat(maps, dim=1)), mixer.join.bias
 
 
-def scan_directions(x: Tensor, mambas: list[nn.Module]) -> Tensor:
+def _scan_directions(x: Tensor, mambas: list[nn.Module]) -> Tensor:
     """Two Mambas up to their out_proj, side by side: (B, L, dim) → (B, L, 2 · d_inner).
 
     The second reads from the last token to the first: its channels lie beside the first one's, and no sequence is

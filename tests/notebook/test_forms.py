@@ -21,6 +21,13 @@ def test_they_are_compared_whatever_backend_was_chosen(nb, monkeypatch):
     assert backends._chosen["backend"] == "mamba_ssm"
 
 
+@pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[:, :-1]], ids=["not a number", "fewer tokens"])
+def test_a_fast_form_that_gives_no_such_numbers_does_not_agree(nb, monkeypatch, spoil):
+    fast_encoder = nb.fast_encoder
+    monkeypatch.setattr(nb, "fast_encoder", lambda *parts: spoil(fast_encoder(*parts)))
+    assert not difference_of_forms(nb.MambaGINR, nb.model_config) < 1e-3
+
+
 @pytest.mark.parametrize(("precision", "apart", "least"), [(torch.float32, 0.001, 75), (torch.float16, 4, 70)])
 def test_the_committed_weights_reconstruct_alike_in_both_forms(nb, precision, apart, least):
     model, _ = nb.load_model(ROOT / "checkpoints/mamba_ginr_best.pth")
