@@ -34,7 +34,7 @@ def begin(nb, train_step, config: dict, seed: int) -> None:
     for name, tensor in train_step.tensors().items():
         part, _, key = name.partition(".")
         tensor.copy_(fresh[key]) if part in ("model", "average") else tensor.zero_()
-    if train_step.calls and train_step.model.precision == torch.float16:
+    if train_step.optimizer.state and train_step.model.precision == torch.float16:
         state = {**train_step.scaler.state_dict(), "scale": 2.0**16, "_growth_tracker": 0}
         train_step.scaler.load_state_dict(state)  # in place: the captured step reads them where they are
 
@@ -44,7 +44,7 @@ def train(nb, train_step, sampler, s: SimpleNamespace) -> dict:
     run, first, lost = nb.Run(train_step, sampler.steps, {}, Path(tempfile.mkdtemp())), None, 0
     total, warmup = s.EPOCHS * sampler.steps, s.WARMUP_EPOCHS * sampler.steps
     for epoch in range(s.EPOCHS):
-        begun, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if train_step.compiled else (None, None)
+        begun, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if s.COMPILE else (None, None)
         if begun:
             begun.record()
         seen = torch.zeros(sampler.steps, 2, device=run.device)
@@ -92,7 +92,7 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
     for seed in seeds:
         begin(nb, train_step, nb.model_config, seed)
         torch.set_float32_matmul_precision("high" if s.TF32 and device.type == "cuda" else "highest")
-        sampler.seed, sampler.epoch, sampler.ahead = seed, None, {}
+        sampler.seed, sampler.epoch, sampler.made_ahead.ahead = seed, None, {}
         row = train(nb, train_step, sampler, s)
         torch.set_float32_matmul_precision("highest")
         train_step.average.precision = torch.float32

@@ -24,6 +24,10 @@ class ImageData:
     held_out: Tensor
     test: Tensor
 
+    def __str__(self) -> str:
+        train, held_out, test = (f"{len(images):,}" for images in (self.train, self.held_out, self.test))
+        return f"{self.name}, {train} images to train on, {held_out} held out, {test} to test"
+
 
 def load_cifar10(root: Path) -> tuple[str, Tensor, Tensor]:
     """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into ``root`` if it is not there."""

@@ -108,3 +108,12 @@ class TokenDecoder(nn.Module):
             x = block(x, latents, bias)
         with torch.autocast(latents.device.type, enabled=False):
             return F.linear(self.norm(x.float()), self.to_rgb.weight, self.to_rgb.bias) + self.skip(features)
+
+
+def other_decoder(
+    name: str, latent_dim: int, dim: int, num_blocks: int, fourier: FourierBands, bias: nn.Module
+) -> TwoScaleDecoder | TokenDecoder:
+    """The decoder of this name: gaussian, scent or hybrid, which is scent behind layers over the latents."""
+    if name == "gaussian":
+        return TwoScaleDecoder(latent_dim, dim, fourier, bias)
+    return TokenDecoder(latent_dim, dim, num_blocks, fourier, bias)

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from mamba_ginr.checkpoints import save_atomically
+from mamba_ginr.enlarge import resize
 
 
 def show(figure: Figure, path: Path, handle=None, picture: bool = False):
@@ -56,12 +57,25 @@ def draw_curves(history: list[dict], title: str) -> Figure:
 
 
 def draw_enlargements(
-    columns: dict[str, Tensor], truth: Tensor, frame: tuple[int, int], title: str, psnr: Callable
+    inputs: Tensor,
+    ours: list[Tensor],
+    truth: Tensor,
+    detail: Tensor,
+    zoom: tuple[float, int],
+    title: str,
+    psnr: Callable,
 ) -> Figure:
-    """A column of pictures (n, 3, H, W) in [0, 1] under each label, with the PSNR of those of the truth's size.
+    """A row of pictures for each input: the model's at several sizes, the truth, Lanczos, bicubic, and a detail.
 
-    ``frame``, the first pixel and the number of pixels a side, is drawn on the pictures of the first column.
+    All are (n, 3, H, W) in [0, 1]. The PSNR stands under those of the truth's size. ``zoom``: the detail's upsampling
+    factor, and how many of the input's middle pixels a side it shows, around which a frame is drawn.
     """
+    size, full = inputs.shape[-1], truth.shape[-1]
+    columns = {f"input\n{size}×{size}": inputs}
+    columns |= {f"MAMBA-GINR\n{x.shape[-1]}×{x.shape[-1]}": x for x in ours}
+    columns[f"truth\n{full}×{full}"] = truth
+    columns |= {f"{method}\n{full}×{full}": resize(inputs, full, method) for method in ("Lanczos", "bicubic")}
+    columns[f"MAMBA-GINR, the\nframe ×{zoom[0]}"] = detail
     count = len(truth)
     figure = Figure(figsize=(1.55 * len(columns), 1.7 * count + 0.75), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
@@ -73,8 +87,9 @@ def draw_enlargements(
             if image.shape == true.shape and not torch.equal(image, true):
                 axes.set_xlabel(f"{psnr(image[None], true[None]).item():.1f} dB", fontsize=9, labelpad=2)
         line[0].set_title(label, fontsize=10)
+    corner = (size - zoom[1]) // 2 - 0.5
     for axes in grid[:, 0]:
-        axes.add_patch(Rectangle((frame[0] - 0.5, frame[0] - 0.5), frame[1], frame[1], fill=False, color="white"))
+        axes.add_patch(Rectangle((corner, corner), zoom[1], zoom[1], fill=False, color="white"))
     figure.suptitle(title, fontsize=12)
     return figure
 

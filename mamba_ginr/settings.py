@@ -1,6 +1,12 @@
 """Settings of the notebook: what its cell 10 says, what a choice changes of it, and what the environment sets."""
 
 import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DECODERS = "lainr", "gaussian", "scent", "hybrid"
 
 
 def parse_setting(name: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
@@ -39,6 +45,7 @@ def settings_from_environment(defaults: dict, environment: dict) -> dict:
 
 
 POSITIVE = "EPOCHS", "EVAL_BATCH", "QUERY_CHUNK"
+PRECISIONS = "float16", "bfloat16", "float32"
 
 
 def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
@@ -61,4 +68,60 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     for name in POSITIVE:
         if settings[name] < 1:
             raise ValueError(f"{name} = {settings[name]}: at least 1")
+    if settings.get("PRECISION", "float32") not in PRECISIONS:
+        raise ValueError(f"PRECISION = {settings['PRECISION']!r}: choose one of {', '.join(PRECISIONS)}")
     return settings
+
+
+# What two machines, or the same run continued elsewhere, may have differently.
+ELSEWHERE = """
+    SMALL TRAIN PRETRAINED DATASET DATA_DIR OUTPUT_DIR MAX_TEST_IMAGES MAX_PHOTOGRAPHS QUERY_CHUNK EVAL_BATCH
+    SCAN_BACKEND COMPILE FUSED
+""".split()
+
+
+def what_a_run_shares(settings: dict) -> dict:
+    """The settings that a resumed run must share with its state: all but those of place and of reporting."""
+    return {name: value for name, value in settings.items() if name not in ELSEWHERE}
+
+
+def announce(settings: dict, environment: dict, device: torch.device) -> None:
+    """Say what kind of run this is, what was set from outside, and where it runs.
+
+    ValueError if it would overwrite a full run's files.
+    """
+    train, small, output = (settings[name] for name in ("TRAIN", "SMALL", "OUTPUT_DIR"))
+    if (small or not train) and Path(output).resolve() == Path.cwd():
+        raise ValueError("only a full training run writes here: set OUTPUT_DIR to another folder than this one")
+    if not train:
+        print(f"TRAIN is off: the weights of {settings['PRETRAINED']}; files go to {output}/ only.")
+    elif small:
+        print(f"SMALL: a reduced model and a short run for a machine without a GPU; files go to {output}/ only.")
+    outside = [n for n in settings if f"MAMBA_GINR_{n}" in environment and not n.endswith("_DIR")]
+    print("Set from outside:", ", ".join(f"{n} = {settings[n]}" for n in outside) or "nothing")
+    print("Device:", torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "· PyTorch", torch.__version__)
+
+
+def check_model(config: dict) -> None:
+    """ValueError for a configuration of cell 7's MambaGINR of which no model can be built."""
+    needed = ["depth", "d_state", "d_conv", "expand", "decoder_dim", "head_dim", "head_hidden"]
+    if config["decoder"] in ("scent", "hybrid"):
+        needed.append("decoder_blocks")  # without one no query reads the latents
+    if low := [f"{name} = {config[name]}" for name in needed if config[name] < 1]:
+        raise ValueError(f"{', '.join(low)}: at least 1")
+    patch, size, dim = (config[name] for name in ("patch_size", "image_size", "dim"))
+    if patch < 1 or size % patch or dim % 2:
+        raise ValueError(f"patch_size {patch} must divide image_size {size}, and dim {dim} be even")
+    harmonics = 2 * (patch // 2)
+    if config["num_frequencies"] < harmonics:
+        least = f"{harmonics} for patch_size {patch}"
+        raise ValueError(f"num_frequencies must be at least {least}, got {config['num_frequencies']}")
+    if config["decoder"] not in DECODERS:
+        raise ValueError(f"decoder = {config['decoder']!r}: choose one of {', '.join(DECODERS)}")
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """ValueError for images that are not (B, 3, size, size), or not float."""
+    if tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
+        got = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"images must be (B, 3, {size}, {size}), float in [0, 1], got {got}")

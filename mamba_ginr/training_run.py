@@ -1,16 +1,38 @@
 """A training run that can stop at any step and go on, and that goes back by itself where it leaves its course."""
 
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, read_checkpoint, save_model
+
+
+class ResumableStep:
+    """What a run asks of a training step that has model, average, optimizer, scaler, clips and rate (cell 8's)."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside the weights and their average."""
+        usual = [clip.usual for clip, _ in self.clips]
+        return {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(), "usual": usual}
+
+    def load_state_dict(self, state: dict) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]  # its own: the state's may be those of another device
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        self.scaler.scale(self.rate)  # makes its tensors, which a look before the first step may need
+        for (clip, _), usual in zip(self.clips, state["usual"]):
+            clip.usual.copy_(usual)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a step changes, by name; those of the optimizer exist from the first step on."""
+        found = {f"{n}.{k}": v for n in ("model", "average") for k, v in getattr(self, n).state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
+        return found | {f"usual.{i}": clip.usual for i, (clip, _) in enumerate(self.clips)}
 
 
 class Run:
@@ -21,7 +43,7 @@ class Run:
     and the rate is halved; it is whole again after ten good looks. The steps go on counting. FloatingPointError after
     ten such falls in a row.
 
-    ``train_step`` is cell 8's: it has the model, its average, and the tensors that a step changes.
+    ``train_step`` is a ``ResumableStep``.
 
     ``identity`` holds all settings that a state must share with this run. Creating a Run reads the state in
     ``folder`` if there is one; CheckpointError if it belongs to another run, or is no whole state. A state holds what a
@@ -36,7 +58,7 @@ class Run:
     WATCH, SEVERAL, FALL = 100, 5, 6.0  # steps, losses, dB
     FLOOR = 1e-7  # an MSE below this counts as this: near 0, a rise by some dB means nothing
 
-    def __init__(self, train_step, steps_per_epoch: int, identity: dict, folder: Path, suffix: str = ""):
+    def __init__(self, train_step: ResumableStep, steps_per_epoch: int, identity: dict, folder: Path, suffix: str = ""):
         self.train_step, self.identity = train_step, identity
         self.model, self.average = train_step.model, train_step.average
         self.state_path, self.best_path = (folder / f"mamba_ginr{suffix}_{n}.pth" for n in ("state", "best"))
@@ -155,6 +177,24 @@ class Run:
             save_model(self.best_path, self.average, self.identity, self.history[-1])
         self.save()
 
+    def results(self, batch_size: int) -> dict:
+        """What the run cost, and after how many minutes and epochs it first passed 50, 55, 60, 65 and 70 dB."""
+        speeds = sorted(row["ms_per_step"] for row in self.history[1:] or self.history)  # the first epoch warms up
+        ms_per_step = speeds[len(speeds) // 2]
+        results = {
+            "epochs": self.epoch,
+            "steps": self.epoch * len(self.losses),
+            "ms_per_step": ms_per_step,
+            "images_per_s": 1000 * batch_size / ms_per_step,
+            "peak_memory_gib": self.peak_memory_gib,
+            "minutes": self.seconds / 60,
+            "returns": self.returns,
+        }
+        for level in (50, 55, 60, 65, 70):
+            first = next((row for row in self.history if row["psnr_mean"] >= level), {})
+            results |= {f"minutes_to_{level}_db": first.get("minutes"), f"epochs_to_{level}_db": first.get("epoch")}
+        return results
+
     def load_best(self) -> tuple[nn.Module, dict]:
         """The weights that did best, read back; CheckpointError where the file is missing or another run's."""
         if not self.best_path.exists():
@@ -178,17 +218,6 @@ class Run:
         copies = {"kept": {} if finished else self.kept, "latest": {} if finished or self.unchanged else self.latest}
         state |= {"train_step": self.train_step.state_dict(), **copies}
         self.saver.save({"kind": "MAMBA-GINR training state", **state})
-
-
-@contextmanager
-def deferred_interrupt():
-    """Hold an interrupt back until the running step is whole; yields a function that says whether one has come."""
-    interrupts = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
-        yield lambda: bool(interrupts)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def peak_memory_gib(device: torch.device) -> float:

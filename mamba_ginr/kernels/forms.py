@@ -39,6 +39,15 @@ def difference_of_forms(build: Callable[..., nn.Module], config: dict) -> float:
     return torch.stack(shares).max().item()  # NaN if one is, which Python's max may pass over
 
 
+def forms_agree(build: Callable[..., nn.Module], config: dict) -> bool:
+    """Whether the two forms differ by less than 1e-3, and a line that says so."""
+    difference = difference_of_forms(build, config)
+    agree = difference < 1e-3
+    what = "agree" if agree else "were edited, and run as they stand: they no longer agree"
+    print(f"Cells 3 to 6 {what} with their fast forms (difference {difference:.1g}).")
+    return agree
+
+
 def _outputs_and_gradients(model: nn.Module, images: Tensor) -> list[Tensor | None]:
     output = model(images, model.own_coords)
     weights = torch.linspace(-1, 1, output.numel()).view_as(output)  # so that no sum of gradients is 0 by chance

@@ -1,0 +1,81 @@
+"""A training step compiled in one piece, and replayed as one CUDA graph: the processor only says "again"."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._inductor import list_options
+
+
+def compile_loss(function: Callable) -> Callable:
+    """``torch.compile`` with the options that make a step of the notebook's model fastest (docs/speed)."""
+    # Small kernels, such as casts of weights, side by side in few; and tensors as the scan wants them, where the
+    # convolutions' own layout would cost a copy a layer. Left out where PyTorch does not know them.
+    options = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "layout_optimization": False}
+    return torch.compile(function, options={name: on for name, on in options.items() if name in list_options()})
+
+
+class GraphedStep:
+    """``step(batch)`` as ``function(batch)``, from the fourth call on as one CUDA graph, which waits for nothing.
+
+    Args:
+        function: takes a NamedTuple of CUDA tensors, of the same shapes in each call; what it changes, it changes in
+            place; what it returns, the next call overwrites.
+
+    ``start_up``: seconds of the first call, which compiles.
+    """
+
+    WARM_UP = 3  # calls before the capture, on a stream of their own as CUDA graphs ask for; they do what all others do
+
+    def __init__(self, function: Callable[[NamedTuple], Tensor]):
+        self.function, self.calls, self.start_up = function, 0, 0.0
+        self.graph, self.stream = None, torch.cuda.Stream()
+
+    def __call__(self, batch: NamedTuple) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            self.batch = type(batch)(*map(torch.empty_like, batch))
+        for mine, new in zip(self.batch, batch):
+            mine.copy_(new)
+        if self.calls <= self.WARM_UP:
+            begun = time.perf_counter()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function(self.batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.start_up = self.start_up or time.perf_counter() - begun
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.result = self.function(self.batch)
+        self.graph.replay()
+        return self.result
+
+
+class MadeAhead:
+    """``made(i)`` as ``make(i)``; on a GPU i + 1 is then made on a stream of its own, while the GPU works on i.
+
+    ``make`` returns a tuple of tensors on ``device`` that depend on i only.
+    """
+
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], device: torch.device):
+        self.make, self.ahead = make, {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, i: int) -> tuple[Tensor, ...]:
+        if self.stream is None:
+            return self.make(i)
+        current = torch.cuda.current_stream()
+        made = self.ahead.pop(i, None) or self.make_aside(i)
+        current.wait_stream(self.stream)
+        for tensor in made:
+            tensor.record_stream(current)
+        self.ahead = {i + 1: self.make_aside(i + 1)}
+        return made
+
+    def make_aside(self, i: int) -> tuple[Tensor, ...]:
+        with torch.cuda.stream(self.stream):
+            return self.make(i)

@@ -1,0 +1,116 @@
+"""What one sees of a training run: its table, its curves, its bar; and how one stops it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from mamba_ginr.cuda_graph import GraphedStep
+from mamba_ginr.figures import draw_curves, show
+from mamba_ginr.training_run import Run
+
+HEADER = (
+    " epoch   train MSE   of finer pixels   held-out PSNR (dB): mean"
+    "   of mean MSE   worst   bit-exact   ms/step   minutes"
+)
+
+
+def log_line(row: dict) -> str:
+    """One aligned line of the training table."""
+    return (
+        f"{row['epoch']:6d} {row['train_loss']:11.3e} {row['train_loss_finer']:17.3e} "
+        f"{row['psnr_mean']:26.2f} {row['psnr_of_mean_mse']:13.2f} "
+        f"{row['psnr_worst']:7.2f} {row['bit_exact_share']:11.2%} {row['ms_per_step']:9.1f} {row['minutes']:9.2f}"
+    )
+
+
+class Progress:
+    """Show a run's progress, and let an interrupt stop it between two steps.
+
+        with Progress(run, epochs, path, title) as progress:
+            for epoch in range(run.epoch, epochs):
+                for step in progress.steps(epoch):
+                    run.record(...)
+                progress.finish_epoch(scores)
+
+    ``path`` and ``title`` are the curves', which are drawn within the next epoch, when a GPU has steps to work on.
+    ValueError where the model's weights are trained and no state goes on from them.
+    """
+
+    def __init__(self, run: Run, epochs: int, path: Path, title: str):
+        if vars(run.model).get("trained") and not run.epoch and not run.step:
+            raise ValueError(
+                "these weights are trained already, and no state goes on from them: run cell 10 for new ones"
+            )
+        run.model.trained = True
+        self.run, self.epochs, self.path, self.title = run, epochs, path, title
+        self.curves, self.stale, self.clean_up = None, False, ExitStack()
+        self.graphed = run.train_step.run if isinstance(run.train_step.run, GraphedStep) else None
+
+    def __enter__(self):
+        run, count = self.run, len(self.run.losses)
+        print(HEADER, *map(log_line, run.history), sep="\n")
+        if run.history:
+            self.draw()
+        self.interrupted = self.clean_up.enter_context(deferred_interrupt())
+        done = run.epoch * count + run.step
+        self.bar = self.clean_up.enter_context(tqdm(total=self.epochs * count, initial=done, desc="steps", leave=False))
+        if self.graphed and run.epoch < self.epochs:
+            self.bar.set_description("compiling, about a minute")
+        self.clean_up.enter_context(closing(run.saver))
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self.clean_up:
+            if kind is None and self.interrupted():  # in the last evaluation
+                raise KeyboardInterrupt("the run is finished and saved: run this cell again to go on")
+        if kind is None and self.stale:
+            self.draw()
+
+    def steps(self, epoch: int) -> Iterator[int]:
+        """The steps of an epoch that are not yet done; KeyboardInterrupt, once the state is saved, if one came."""
+        run, count = self.run, len(self.run.losses)
+        started = time.perf_counter() - run.step_seconds
+        for step in range(run.step, count):
+            yield step
+            if self.graphed and self.graphed.calls == 1:
+                started += self.graphed.start_up  # not the steps' own time
+                self.bar.set_description("steps")
+                print(f"Start-up: the step was compiled in {self.graphed.start_up:.0f} s.")
+            self.bar.update()
+            if self.stale and (self.interrupted() or step >= min(50, count - 1)):
+                begun = time.perf_counter()
+                self.draw()
+                started += time.perf_counter() - begun if run.device.type == "cpu" else 0.0
+            if self.interrupted():
+                run.step_seconds = time.perf_counter() - started
+                run.save()
+                raise KeyboardInterrupt(
+                    f"saved after step {run.step} of epoch {epoch + 1}: run this cell again to go on"
+                )
+        run.watch()
+        self.losses = run.losses.nanmean(0).tolist()  # waits for the GPU, so that the time is the steps' own
+        run.step_seconds = time.perf_counter() - started
+
+    def finish_epoch(self, scores: dict) -> None:
+        """Give the run an epoch's scores, and print its line."""
+        self.run.finish_epoch({**dict(zip(("train_loss", "train_loss_finer"), self.losses)), **scores})
+        print(log_line(self.run.history[-1]))
+        self.stale = True
+
+    def draw(self) -> None:
+        self.curves, self.stale = show(draw_curves(self.run.history, self.title), self.path, self.curves), False
+
+
+@contextmanager
+def deferred_interrupt():
+    """Hold an interrupt back until the running step is whole; yields a function that says whether one has come."""
+    interrupts = []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield lambda: bool(interrupts)
+    finally:
+        signal.signal(signal.SIGINT, previous)
