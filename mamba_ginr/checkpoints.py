@@ -21,20 +21,26 @@ def save_atomically(path: Path, write) -> None:
 
 
 class Saver:
-    """Writes states to a file while the GPU works on: ``save`` returns once the state is copied.
+    """Writes files while the GPU works on: ``save`` returns once what they are to hold is copied.
 
-    What goes wrong with the file is raised by the next ``save`` or by ``close``, which both wait for it.
+    What goes wrong with them is raised by the next ``save`` or by ``close``, which both wait for the last one.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.pool, self.pending = path, ThreadPoolExecutor(max_workers=1), None
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(max_workers=1), None
 
-    def save(self, state: dict) -> None:
-        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+    def save(self, files: dict[Path, dict]) -> None:
+        """Have each path written, one after the other."""
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), files)
+
+        def write() -> None:
+            for path, content in copied.items():
+                save_atomically(path, lambda file, content=content: torch.save(content, file))
+
         try:
             self.close()
-        finally:  # also after a write that failed: this state may fit where the last did not
-            self.pending = self.pool.submit(save_atomically, self.path, lambda file: torch.save(copied, file))
+        finally:  # also after a write that failed: these may fit where the last did not
+            self.pending = self.pool.submit(write)
 
     def close(self) -> None:
         pending, self.pending = self.pending, None
@@ -65,11 +71,17 @@ def read_checkpoint(path: Path, kind: str) -> dict:
     return checkpoint
 
 
-def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict) -> None:
-    """Write weights, configuration, settings of the run and metrics to ``path``, atomically; the head in float16."""
+def model_checkpoint(model: nn.Module, settings: dict, metrics: dict) -> dict:
+    """Weights, configuration, settings of the run and metrics; the head in float16."""
     checkpoint = {"kind": "MAMBA-GINR model", "config": model.config, "settings": settings, "metrics": metrics}
     weights = {name: w.half() if name.startswith("head.") else w for name, w in model.state_dict().items()}
-    save_atomically(path, lambda file: torch.save({**checkpoint, "weights": weights}, file))
+    return {**checkpoint, "weights": weights}
+
+
+def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict) -> None:
+    """Write a ``model_checkpoint`` to ``path``, atomically."""
+    checkpoint = model_checkpoint(model, settings, metrics)
+    save_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def load_weights(path: Path | str, build, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:

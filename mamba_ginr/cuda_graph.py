@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor import list_options
 
 
 def compile_loss(function: Callable) -> Callable:
     """``torch.compile`` with the options that make a step of the notebook's model fastest (docs/speed)."""
     # Small kernels, such as casts of weights, side by side in few; and tensors as the scan wants them, where the
     # convolutions' own layout would cost a copy a layer. Left out where PyTorch does not know them.
+    from torch._inductor import list_options  # seconds, which only a GPU needs
+
     options = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "layout_optimization": False}
     return torch.compile(function, options={name: on for name, on in options.items() if name in list_options()})
 

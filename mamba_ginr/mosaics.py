@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 
-def finer_places(scale: int, step: int, size: int) -> Tensor:
+def finer_places(scale: int, per_width: int, size: int) -> Tensor:
     """Centres, along an axis in [0, 1], of pixels 1 / ``scale`` of an input pixel wide: (F,).
 
-    ``step`` of them start within one of their widths: F = (scale · size − 1) · step + 1.
+    They lie 1 / ``per_width`` of their width apart: F = (scale · size − 1) · per_width + 1.
     """
-    return (torch.arange((scale * size - 1) * step + 1) / step + 0.5) / (scale * size)
+    return (torch.arange((scale * size - 1) * per_width + 1) / per_width + 0.5) / (scale * size)
 
 
-def away_from_seams(tiles: int, scale: int, step: int = 1, size: int = 32, margin: float = 2.0) -> Tensor:
+def away_from_seams(tiles: int, scale: int, per_width: int = 1, size: int = 32, margin: float = 2.0) -> Tensor:
     """Which of these pixels, in raster order, lie over ``margin`` input pixels from the seams of tiles² images."""
-    centres = size * finer_places(scale, step, size)  # in input pixels
+    centres = size * finer_places(scale, per_width, size)  # in input pixels
     seams = torch.arange(1, tiles) * size / tiles
     far = ((centres.unsqueeze(1) - seams).abs() > margin).all(1)
     return torch.outer(far, far).flatten().nonzero().squeeze(1)

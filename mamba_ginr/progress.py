@@ -48,7 +48,7 @@ class Progress:
         run.model.trained = True
         self.run, self.epochs, self.path, self.title = run, epochs, path, title
         self.curves, self.stale, self.clean_up = None, False, ExitStack()
-        self.graphed = run.train_step.run if isinstance(run.train_step.run, GraphedStep) else None
+        self.graphed = run.train_step.execute if isinstance(run.train_step.execute, GraphedStep) else None
 
     def __enter__(self):
         run, count = self.run, len(self.run.losses)

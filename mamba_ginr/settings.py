@@ -52,19 +52,22 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     """The settings among ``names``: numbers, texts and switches in capitals, and what ``choices`` change of them.
 
     ``choices`` maps a setting to what each of its values changes: {"OPTIMIZER": {"adamw": {"LEARNING_RATE": 1e-3}}}.
-    What the environment sets comes last. A line is printed for each choice of a text that changes something.
-    ValueError for a value that is no choice, a count of 0, and what ``settings_from_environment`` refuses.
+    A later choice wins over an earlier one, the environment over all. A line is printed for each choice that changes a
+    value. ValueError for a value that is no choice, a count of 0, and what ``settings_from_environment`` refuses.
     """
     defaults = {n: v for n, v in names.items() if n.isupper() and isinstance(v, (bool, int, float, str))}
     asked, changes = settings_from_environment(defaults, environment), {}
     for name, table in choices.items():
-        value = asked[name]
-        if value not in table:
-            raise ValueError(f"{name} = {value!r}: choose one of {', '.join(map(str, table))}")
-        changes |= table[value]
-        if table[value] and isinstance(value, str):
-            print(f"{name} = {value} sets {', '.join(f'{n} = {v}' for n, v in table[value].items())}.")
-    settings = settings_from_environment(defaults | changes, environment)
+        if asked[name] not in table:
+            raise ValueError(f"{name} = {asked[name]!r}: choose one of {', '.join(map(str, table))}")
+        changes |= dict.fromkeys(table[asked[name]], name)
+    values = {n: choices[name][asked[name]][n] for n, name in changes.items()}
+    settings = settings_from_environment(defaults | values, environment)
+    for choice in choices:
+        changed = [n for n, name in changes.items() if name == choice and settings[n] == values[n] != defaults[n]]
+        if changed:
+            what = ", ".join(f"{n} = {settings[n]} (not {defaults[n]})" for n in changed)
+            print(f"{choice} = {asked[choice]} sets {what}.")
     for name in POSITIVE:
         if settings[name] < 1:
             raise ValueError(f"{name} = {settings[name]}: at least 1")

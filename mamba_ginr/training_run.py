@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, read_checkpoint, save_model
+from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
 
 
 class ResumableStep:
@@ -66,7 +66,7 @@ class Run:
         self.seconds, self.step_seconds = 0.0, 0.0  # of the whole run; in the steps of the running epoch
         self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB
         self.falls, self.returns, self.watched = 0, 0, 0  # in a row; in all; the step of the last look
-        self.saver = Saver(self.state_path)
+        self.saver = Saver()
         self.device = next(self.model.parameters()).device
         self.losses = torch.zeros(steps_per_epoch, 2, device=self.device)  # of the images' pixels, of finer ones
         self.kept, self.latest, self.unchanged = {}, {}, False  # copies, and whether the latest is of this step
@@ -121,8 +121,13 @@ class Run:
         self.kept, self.latest = self.latest, self.kept
         self.kept_at = self.latest_at
         self.latest_at = at or (self.step, self.epoch + 1, self.train_step.scaler.get_scale())
-        for name, tensor in self.train_step.tensors().items():
-            self.latest.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+        now = self.train_step.tensors()
+        self.latest |= {name: torch.empty_like(tensor) for name, tensor in now.items() if name not in self.latest}
+        by_kind = {}  # a kernel for many tensors, where each of them would cost one
+        for name, tensor in now.items():
+            by_kind.setdefault(tensor.dtype, []).append((self.latest[name], tensor))
+        for pairs in by_kind.values():
+            torch._foreach_copy_(*map(list, zip(*pairs)))
         self.unchanged = True  # since this copy
 
     def watch(self) -> None:
@@ -173,9 +178,8 @@ class Run:
         minutes = (self.seconds + time.perf_counter() - self.clock) / 60
         self.epoch, self.step, self.watched, self.step_seconds = self.epoch + 1, 0, 0, 0.0
         self.history.append({"epoch": self.epoch, **row, "ms_per_step": ms_per_step, "minutes": minutes})
-        if row["psnr_mean"] > best:
-            save_model(self.best_path, self.average, self.identity, self.history[-1])
-        self.save()
+        better = row["psnr_mean"] > best
+        self.save({self.best_path: model_checkpoint(self.average, self.identity, self.history[-1])} if better else {})
 
     def results(self, batch_size: int) -> dict:
         """What the run cost, and after how many minutes and epochs it first passed 50, 55, 60, 65 and 70 dB."""
@@ -207,8 +211,8 @@ class Run:
             )
         return model, checkpoint
 
-    def save(self) -> None:
-        """Have the state written."""
+    def save(self, files: dict[Path, dict] | None = None) -> None:
+        """Have the state written, after these files."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))
@@ -217,7 +221,7 @@ class Run:
         finished = self.epoch == self.identity.get("EPOCHS")  # then none of them is needed, and none takes room twice
         copies = {"kept": {} if finished else self.kept, "latest": {} if finished or self.unchanged else self.latest}
         state |= {"train_step": self.train_step.state_dict(), **copies}
-        self.saver.save({"kind": "MAMBA-GINR training state", **state})
+        self.saver.save({**(files or {}), self.state_path: {"kind": "MAMBA-GINR training state", **state}})
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -21,6 +21,7 @@ from mamba_ginr.kernels.backends import (
     use_backend,
 )
 from mamba_ginr.kernels.causal_conv import causal_conv
+from mamba_ginr.kernels.compile_ahead import compile_ahead
 from mamba_ginr.kernels.mamba_inner import mamba_inner
 from mamba_ginr.kernels.mlp import mlp
 from mamba_ginr.kernels.reorder import reorder
@@ -38,6 +39,7 @@ __all__ = [
     "backend_for",
     "causal_conv",
     "choose_backend",
+    "compile_ahead",
     "mamba_inner",
     "mamba_ssm_fault",
     "mlp",

@@ -7,6 +7,7 @@ others: in Triton, or from the package mamba-ssm. This module imports none of th
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -130,6 +131,15 @@ def _fault_of(name: str, device: torch.device | str) -> str:
     if key not in _faults:
         _faults[key] = _probes[name](device)
     return _faults[key]
+
+
+def threads_of(device: torch.device | str) -> ThreadPoolExecutor:
+    """Threads whose kernels go to ``device``, for work that the compiler does."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return ThreadPoolExecutor()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(index,))
 
 
 def first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ def test_a_fast_form_that_gives_no_such_numbers_does_not_agree(nb, monkeypatch, 
     assert not difference_of_forms(nb.MambaGINR, nb.model_config) < 1e-3
 
 
-@pytest.mark.parametrize(("precision", "apart", "least"), [(torch.float32, 0.001, 75), (torch.float16, 4, 70)])
+@pytest.mark.parametrize(("precision", "apart", "least"), [(torch.float32, 0.001, 75), (torch.float16, 0.3, 70)])
 def test_the_committed_weights_reconstruct_alike_in_both_forms(nb, precision, apart, least):
     model, _ = nb.load_model(ROOT / "checkpoints/mamba_ginr_best.pth")
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -41,9 +41,9 @@ def test_the_committed_weights_reconstruct_alike_in_both_forms(nb, precision, ap
 
 EDITS = {
     "Block": ("x = x + self.mixer(self.norm1(x))", "x = x + 0.5 * self.mixer(self.norm1(x))"),
-    "Mamba": ("delta = F.softplus(self.dt_proj(delta))", "delta = F.softplus(self.dt_proj(delta)) + 0.01"),
+    "Mamba": ("delta = F.softplus(self.dt_proj(r))", "delta = F.softplus(self.dt_proj(r)) + 0.01"),
     "CrossAttention": ("(logits + bias).softmax(dim=-1)", "logits.softmax(dim=-1)"),
-    "LAINRDecoder": ("x = self.blocks(self.mix(", "x = (self.mix("),
+    "LAINRDecoder": ("x = self.blocks(x.float())", "x = x.float()"),
 }
 
 

@@ -46,5 +46,5 @@ def test_lp_tokens_start_as_sinusoids(nb):
 
 @pytest.mark.parametrize("num_lp", [0, 1, 18])
 def test_a_number_of_lp_tokens_that_does_not_fit(nb, num_lp):
-    with pytest.raises(ValueError, match=rf"num_lp must lie in 2 … num_patches \+ 1 = 17, got {num_lp}"):
+    with pytest.raises(ValueError, match=rf"num_lp \(NUM_LP\) must lie in 2 … num_patches \+ 1 = 17, got {num_lp}"):
         nb.LearnablePositionTokens(num_lp, 16, 4)

@@ -27,19 +27,19 @@ def test_training_writes_what_it_promises(nb, start, tmp_path):
 
 def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monkeypatch, tmp_path):
     scores = iter([10.0, 30.0, 20.0])
-    kept, save_model = {}, checkpoints.save_model
+    kept, model_checkpoint = {}, checkpoints.model_checkpoint
     evaluate = nb.evaluate
 
     def scripted(model, images, batch_size):
         assert images is data.held_out
         return {**evaluate(model, images, batch_size), "psnr_mean": next(scores)}
 
-    def spy(path, model, settings, metrics):
+    def spy(model, settings, metrics):
         kept[metrics["epoch"]] = {k: v.clone() for k, v in model.state_dict().items()}
-        save_model(path, model, settings, metrics)
+        return model_checkpoint(model, settings, metrics)
 
     monkeypatch.setattr(nb, "evaluate", scripted)
-    monkeypatch.setattr(training_run, "save_model", spy)
+    monkeypatch.setattr(training_run, "model_checkpoint", spy)
     run = start(tmp_path)
     model, checkpoint = nb.load_model(run.best_path)
     assert checkpoint["metrics"]["epoch"] == 2

@@ -101,7 +101,7 @@ def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision, decoder):
         model.precision = precision
         step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 1.0, compiled)
         losses.append(torch.stack([step(sampler(0, i), 1e-3 * (i + 1) / 8).clone() for i in range(8)]))
-        assert (getattr(step.run, "graph", None) is not None) == compiled
+        assert (getattr(step.execute, "graph", None) is not None) == compiled
     assert torch.allclose(*losses, atol=0, rtol=2e-3 if precision == torch.float16 else 1e-4)
 
 

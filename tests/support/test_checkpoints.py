@@ -23,29 +23,30 @@ def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeyp
         write(path, write_to)
 
     monkeypatch.setattr(checkpoints, "save_atomically", slowly)
-    saver, weights = checkpoints.Saver(tmp_path / "state.pth"), torch.zeros(3)
-    saver.save({"weights": weights})
+    saver, path, weights = checkpoints.Saver(), tmp_path / "state.pth", torch.zeros(3)
+    saver.save({path: {"weights": weights}})
     assert begun.wait(60)
     weights += 1  # the next step
-    assert not saver.path.exists()
+    assert not path.exists()
     let_go.set()
     saver.close()
-    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [0, 0, 0]
+    assert torch.load(path, weights_only=True)["weights"].tolist() == [0, 0, 0]
 
     def fails(path, write_to):
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoints, "save_atomically", fails)
-    saver.save({"weights": weights})
+    saver.save({path: {"weights": weights}})
     with pytest.raises(OSError, match="disk full"):
         saver.close()
-    saver.save({"weights": weights})
+    saver.save({path: {"weights": weights}})
     saver.pending.exception()  # waits for it
     monkeypatch.setattr(checkpoints, "save_atomically", write)  # there is room again
     with pytest.raises(OSError, match="disk full"):
-        saver.save({"weights": weights})
+        saver.save({path: {"weights": weights}, tmp_path / "second.pth": {"weights": 2 * weights}})
     saver.close()
-    assert torch.load(saver.path, weights_only=True)["weights"].tolist() == [1, 1, 1]
+    assert torch.load(path, weights_only=True)["weights"].tolist() == [1, 1, 1]
+    assert torch.load(tmp_path / "second.pth", weights_only=True)["weights"].tolist() == [2, 2, 2]
 
 
 def test_a_saved_model_gives_the_same_values(nb, tiny, tmp_path):

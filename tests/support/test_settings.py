@@ -51,6 +51,8 @@ def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys)
     others = {"DECODERS": {}, "lower": 3}  # neither a table nor another name is a setting
     settings = nb.choose_settings({**column, **others}, choices, {"MAMBA_GINR_EPOCHS": "7"})
     assert settings == {**column, "DIM": 64, "RATE": 1e-3, "EPOCHS": 7}
-    assert capsys.readouterr().out == "OPTIMIZER = adamw sets RATE = 0.001, DIM = 128.\n"
+    assert capsys.readouterr().out == (
+        "OPTIMIZER = adamw sets RATE = 0.001 (not 0.002).\nSMALL = 1 sets DIM = 64 (not 256).\n"
+    )  # what came to be, and in place of what: neither a value of no effect nor one that stands in the column anyway
     with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
         nb.choose_settings(column, choices, {"MAMBA_GINR_OPTIMIZER": "sgd"})

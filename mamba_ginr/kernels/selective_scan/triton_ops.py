@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import first_line, register
+from mamba_ginr.kernels.backends import first_line, register, threads_of
 from mamba_ginr.kernels.selective_scan.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -164,7 +164,12 @@ def _try_triton(device: torch.device) -> str:
             x = torch.ones(1, 16, 64, device=device, dtype=torch.float16, requires_grad=True)
             A, D = torch.full((64, 16), -1.0, device=device), torch.ones(64, device=device)
             B = x[..., :32].unflatten(-1, (2, 16))
-            out, _states = _triton_scan(x, x, A, B, B, D, x, D, True, True)
+            inputs = (x, x, A, B, B, D, x, D)
+            with threads_of(device) as pool:  # the compiler works on both passes at once
+                if device.type == "cuda":
+                    constants = [t.detach() for t in inputs]
+                    pool.submit(_triton_scan_backward, constants[0], kept_states(x, A, True), *constants, True)
+                out, _states = _triton_scan(*inputs, True, True)
             out.sum().backward()
         return "" if torch.isfinite(x.grad).all() else "Triton's kernels give wrong results on this GPU"
     except Exception as error:
