@@ -97,7 +97,8 @@ class Progress:
 
     def finish_epoch(self, scores: dict) -> None:
         """Give the run an epoch's scores, and print its line."""
-        self.run.finish_epoch({**dict(zip(("train_loss", "train_loss_finer"), self.losses)), **scores})
+        row = {**dict(zip(("train_loss", "train_loss_finer"), self.losses)), **scores}
+        self.run.finish_epoch(row, last=self.run.epoch + 1 == self.epochs)
         print(log_line(self.run.history[-1]))
         self.stale = True
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
 
@@ -56,6 +57,7 @@ class Run:
         "caution", "lowest", "falls", "returns", "watched", "kept_at", "latest_at",
     )  # fmt: skip
     WATCH, SEVERAL, FALL = 100, 5, 6.0  # steps, losses, dB
+    SAVE_EVERY = 30.0  # seconds
     FLOOR = 1e-7  # an MSE below this counts as this: near 0, a rise by some dB means nothing
 
     def __init__(self, train_step: ResumableStep, steps_per_epoch: int, identity: dict, folder: Path, suffix: str = ""):
@@ -66,7 +68,7 @@ class Run:
         self.seconds, self.step_seconds = 0.0, 0.0  # of the whole run; in the steps of the running epoch
         self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB
         self.falls, self.returns, self.watched = 0, 0, 0  # in a row; in all; the step of the last look
-        self.saver = Saver()
+        self.saver, self.best, self.saved_at = Saver(), None, -math.inf  # best: a checkpoint that is yet to be written
         self.device = next(self.model.parameters()).device
         self.losses = torch.zeros(steps_per_epoch, 2, device=self.device)  # of the images' pixels, of finer ones
         self.kept, self.latest, self.unchanged = {}, {}, False  # copies, and whether the latest is of this step
@@ -171,15 +173,21 @@ class Run:
             f"and on at {self.caution:.2g} of the rate."
         )
 
-    def finish_epoch(self, row: dict) -> None:
-        """Add an epoch's numbers to the history, keep the weights if they are the best yet, and save the state."""
+    def finish_epoch(self, row: dict, last: bool = True) -> None:
+        """Add an epoch's numbers to the history, and keep the average's weights if they are the best yet.
+
+        Both are saved after the ``last`` epoch, and else if nothing was for ``SAVE_EVERY`` seconds.
+        """
         best = max(filter(math.isfinite, (r["psnr_mean"] for r in self.history)), default=-math.inf)
         ms_per_step = 1000 * self.step_seconds / len(self.losses)
         minutes = (self.seconds + time.perf_counter() - self.clock) / 60
         self.epoch, self.step, self.watched, self.step_seconds = self.epoch + 1, 0, 0, 0.0
         self.history.append({"epoch": self.epoch, **row, "ms_per_step": ms_per_step, "minutes": minutes})
-        better = row["psnr_mean"] > best
-        self.save({self.best_path: model_checkpoint(self.average, self.identity, self.history[-1])} if better else {})
+        if row["psnr_mean"] > best:
+            checkpoint = model_checkpoint(self.average, self.identity, self.history[-1])
+            self.best = tree_map_only(Tensor, torch.clone, checkpoint)
+        if last or time.perf_counter() - self.saved_at >= self.SAVE_EVERY:
+            self.save()
 
     def results(self, batch_size: int) -> dict:
         """What the run cost, and after how many minutes and epochs it first passed 50, 55, 60, 65 and 70 dB."""
@@ -211,8 +219,8 @@ class Run:
             )
         return model, checkpoint
 
-    def save(self, files: dict[Path, dict] | None = None) -> None:
-        """Have the state written, after these files."""
+    def save(self) -> None:
+        """Have the best weights and the state written."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))
@@ -221,7 +229,9 @@ class Run:
         finished = self.epoch == self.identity.get("EPOCHS")  # then none of them is needed, and none takes room twice
         copies = {"kept": {} if finished else self.kept, "latest": {} if finished or self.unchanged else self.latest}
         state |= {"train_step": self.train_step.state_dict(), **copies}
-        self.saver.save({**(files or {}), self.state_path: {"kind": "MAMBA-GINR training state", **state}})
+        best, self.best, self.saved_at = self.best, None, now
+        files = {self.best_path: best} if best else {}
+        self.saver.save({**files, self.state_path: {"kind": "MAMBA-GINR training state", **state}})
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, STEPS, state_in, tensors, without_times
 
-from mamba_ginr import checkpoints
+from mamba_ginr import checkpoints, training_run
 
 
 @pytest.fixture
@@ -84,6 +84,23 @@ def test_a_finished_run_leaves_nothing_to_go_back_to(start, tmp_path):
     assert (state["kept"], state["latest"]) == ({}, {})
     again = start(tmp_path, identity, EPOCHS=2)
     assert without_times(again.history) == without_times(run.history)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1, 2, 3, 4]), (1e9, [1, 4])])
+def test_states_are_written_at_most_so_often_and_at_the_end(start, monkeypatch, seconds, expected, tmp_path):
+    written, save = [], checkpoints.Saver.save
+
+    def spy(saver, files):
+        written.append(files)
+        save(saver, files)
+
+    monkeypatch.setattr(checkpoints.Saver, "save", spy)
+    monkeypatch.setattr(training_run.Run, "SAVE_EVERY", seconds)
+    run = start(tmp_path, EPOCHS=4)
+    assert [files[run.state_path]["epoch"] for files in written] == expected
+    best = max(run.history, key=lambda row: row["psnr_mean"])
+    assert run.load_best()[1]["metrics"] == best
+    assert [files[run.best_path]["metrics"] for files in written if run.best_path in files][-1] == best
 
 
 def test_the_best_weights_are_those_of_the_run(nb, start, tmp_path):
