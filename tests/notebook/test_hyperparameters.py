@@ -22,3 +22,16 @@ def test_counts_of_zero_are_named_before_anything_begins(nb, monkeypatch, name):
     monkeypatch.setenv(f"MAMBA_GINR_{name}", "0")
     with pytest.raises(ValueError, match=f"{name} = 0: at least 1"):
         exec(notebook_cells("code")[9]["source"], {**vars(nb), "__name__": "again"})
+
+
+def test_an_output_folder_that_cannot_be_is_told_before_anything_is_loaded(nb, monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for name, value in {
+        "SMALL": 1,
+        "DATASET": "folder",
+        "DATA_DIR": "nowhere",
+        "OUTPUT_DIR": tmp_path / "taken",
+    }.items():
+        monkeypatch.setenv(f"MAMBA_GINR_{name}", str(value))
+    with pytest.raises(ValueError, match=r"OUTPUT_DIR = '.*taken': .* cannot be written to \(Not a directory\)"):
+        exec(notebook_cells("code")[9]["source"], {**vars(nb), "__name__": "__main__"})
