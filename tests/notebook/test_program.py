@@ -79,3 +79,23 @@ def test_the_notebook_alone_says_what_it_needs(script, tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
     assert "The folder mamba_ginr/ lies beside this notebook in its repository and is not here." in process.stderr
+
+
+def test_an_empty_folder_of_that_name_is_not_the_package(script, tmp_path):
+    """Such as git and pip leave with old bytecode in it."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    (tmp_path / "alone.py").write_bytes(script.read_bytes())
+    (tmp_path / "mamba_ginr/__pycache__").mkdir(parents=True)
+    command = [sys.executable, "alone.py"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "Download the whole repository and open the notebook there" in process.stderr
+
+
+def test_a_terminal_with_few_characters_ends_no_program(run_script, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = run_script(EPOCH=3)  # so that cell 10 ends it
+    assert "MAMBA_GINR_EPOCH is not a setting of this notebook" in process.stderr
+    assert "UnicodeEncodeError" not in process.stderr
+    assert "Pixel grid: (1024, 2) ? its Fourier features: (1024, 64)" in process.stdout
+    assert "A batch: images (40, 3, 32, 32), mosaics (24, 3, 32, 32)" in process.stdout
