@@ -29,7 +29,11 @@ def save_atomically(path: Path, write) -> None:
             recorder = _Recorder(file)
             write(recorder)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:  # some mounted drives (of hosted notebooks, say) know no fsync
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
         os.replace(unfinished, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -72,26 +76,36 @@ NO_SPACE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if ha
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path):
-    """Let no other process write a run's files in ``folder`` meanwhile; CheckpointError where one does.
+def only_writer(path: Path):
+    """Let no other process write ``path``, a run's state, meanwhile; CheckpointError where one does.
 
-    The system lets go with the process, however it ends, and no file is left. Where folders cannot be locked (Windows,
-    some network drives) this does nothing.
+    The system lets go with the process, however it ends. Where files cannot be locked (Windows, some network drives)
+    this does nothing.
     """
+    lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as clean_up:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            clean_up.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            _lock(lock, clean_up)
         except BlockingIOError:
             raise CheckpointError(
-                f"another run is writing in {folder}, and each would overwrite the other's files. Let it end or stop "
-                f"it, or set OUTPUT_DIR to another folder."
+                f"another run is writing {path}, and each would overwrite the other's files. Let it end or stop it, or "
+                f"set OUTPUT_DIR to another folder."
             ) from None
         except (OSError, AttributeError):
             pass  # no such locks here; what else is wrong with the folder, the first save says
         yield
+
+
+def _lock(path: Path, clean_up: contextlib.ExitStack) -> None:
+    """Hold the lock of a file that is made for it and removed by ``clean_up``; BlockingIOError where another does."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        clean_up.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            clean_up.callback(path.unlink, missing_ok=True)
+            return  # else the one that held it has just removed it
 
 
 class Saver:

@@ -55,7 +55,7 @@ class Progress:
     def __enter__(self):
         run, count = self.run, len(self.run.losses)
         with ExitStack() as begun:  # what fails from here on leaves no lock and no handler
-            begun.enter_context(only_writer(run.state_path.parent))
+            begun.enter_context(only_writer(run.state_path))
             print(HEADER, *map(log_line, run.history), sep="\n")
             if run.history:
                 self.draw()

@@ -298,12 +298,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         checkpoints.save_atomically(tmp_path / "figures/x.png", lambda file: file.write(b"new"))
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path):
+def test_two_processes_do_not_write_one_state(tmp_path):
     program = f"""
 import time
 from pathlib import Path
 from mamba_ginr.checkpoints import only_writer
-with only_writer(Path({str(tmp_path)!r})):
+with only_writer(Path({str(tmp_path / "new/state.pth")!r})):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -311,10 +311,37 @@ with only_writer(Path({str(tmp_path)!r})):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(checkpoints.CheckpointError, match=r"another run is writing in .*set OUTPUT_DIR to another"):
-            with checkpoints.only_writer(tmp_path):
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"another run is writing .*state\.pth, .*set OUTPUT_DIR to another"
+        ):
+            with checkpoints.only_writer(tmp_path / "new/state.pth"):
                 pytest.fail("both write")
+        with checkpoints.only_writer(tmp_path / "new/state_hybrid.pth"):  # another decoder's
+            pass
         process.kill()
     for _ in range(2):  # the lock goes with the process, and with the end of a run
-        with checkpoints.only_writer(tmp_path):
-            assert list(tmp_path.iterdir()) == []
+        with checkpoints.only_writer(tmp_path / "new/state.pth"):
+            assert [p.name for p in (tmp_path / "new").iterdir()] == [".state.pth.lock"]
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_drive_without_locks_or_fsync_takes_a_run(monkeypatch, tmp_path):
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", unknown)
+    monkeypatch.setattr(os, "fsync", unknown)
+    with checkpoints.only_writer(tmp_path / "state.pth"):
+        checkpoints.save_atomically(tmp_path / "state.pth", lambda file: file.write(b"new"))
+    assert (tmp_path / "state.pth").read_bytes() == b"new"
+    monkeypatch.setattr(checkpoints, "fcntl", None)  # Windows
+    with checkpoints.only_writer(tmp_path / "state.pth"):
+        pass
+
+    def full(*_):  # some drives say so only now
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"state\.pth cannot be written: No space left"):
+        checkpoints.save_atomically(tmp_path / "state.pth", lambda file: file.write(b"newer"))
+    assert (tmp_path / "state.pth").read_bytes() == b"new"

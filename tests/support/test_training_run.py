@@ -171,9 +171,9 @@ def test_what_fails_at_the_start_of_a_run_leaves_no_lock_and_no_handler(start, m
     assert error.value
 
 
-def test_a_folder_that_another_run_writes_is_refused(start, tmp_path):
-    with checkpoints.only_writer(tmp_path / "checkpoints"):
-        with pytest.raises(checkpoints.CheckpointError, match="another run is writing in"):
+def test_a_state_that_another_run_writes_is_refused(start, tmp_path):
+    with checkpoints.only_writer(tmp_path / "checkpoints/mamba_ginr_state.pth"):
+        with pytest.raises(checkpoints.CheckpointError, match=r"another run is writing .*mamba_ginr_state\.pth"):
             start(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert start(tmp_path).epoch == SETTINGS["EPOCHS"]
