@@ -101,7 +101,7 @@ def private_folder() -> Iterator[Path]:
     """
     place = tempfile.gettempdir()
     if fcntl and len(os.fsencode(place)) > 60:
-        place = "/tmp"
+        place = "/tmp"  # every such system has it
     for old in Path(place).glob("mamba-ginr-*"):
         with contextlib.suppress(OSError, AttributeError), _locked(old):
             about = old.stat()
@@ -219,11 +219,17 @@ def main(notebook: Path, executed: Path) -> int:
         coalesce_streams=True,
     )
     client.on_cell_start, client.on_notebook_start = client.announce, client.pass_interrupts_on
-    try:
-        with private_folder() as folder:
+    with contextlib.ExitStack() as clean_up:
+        try:
+            folder = clean_up.enter_context(private_folder())
+        except OSError as error:
+            sys.exit(
+                f"No temporary folder can be made ({error}): set TMPDIR to one that can be written, of a short path."
+            )
+        try:
             return execute(client, folder)
-    finally:
-        write(nb, executed)
+        finally:
+            write(nb, executed)
 
 
 if __name__ == "__main__":

@@ -343,10 +343,10 @@ def run_row(name: str, function: str, *arguments) -> dict:
 
 
 def main() -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--row", help="measure this row in this process and print it as JSON")
     row = parser.parse_args().row
-    print_anywhere()
     torch.set_float32_matmul_precision("high" if ON_GPU else "highest")
     use_backend("auto", DEVICE)
     if row:

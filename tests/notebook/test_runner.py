@@ -175,6 +175,18 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_path(begin, tmp_path
     assert "−×…" in out
 
 
+def test_no_temporary_folder_is_told(monkeypatch, tmp_path):
+    """As in a container whose file system is read-only."""
+
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    notebook = write_notebook(tmp_path / "a.ipynb", HELLO)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(SystemExit, match=r"No temporary folder can be made \(.*No usable.*\): set TMPDIR"):
+        run_notebook.main(notebook, tmp_path / "out/b.ipynb")
+
+
 def test_a_reader_that_goes_away_ends_no_run(begin, tmp_path):
     """As `make run | head` does."""
     process = begin(write_notebook(tmp_path / "a.ipynb", HELLO, *3 * ["print('more')"]))
