@@ -60,7 +60,7 @@ def test_a_state_of_another_configuration_is_refused_and_kept(nb, start, tmp_pat
     with pytest.raises(checkpoints.CheckpointError, match="SEED is 0 there and 1 here") as error:
         start(tmp_path, {"DIM": 16, "SEED": 1})
     assert str(path) in str(error.value)
-    assert "move the file away" in str(error.value)
+    assert "move the file away or set another OUTPUT_DIR" in str(error.value)
     assert "DIM" not in str(error.value)
     assert path.read_bytes() == before
 
