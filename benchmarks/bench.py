@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mamba_ginr.kernels import BACKENDS, backend_fault, selective_scan, use_backend  # noqa: E402
+from mamba_ginr.report import print_anywhere  # noqa: E402
 
 WARM_UP, REPEATS = 3, 10
 SEEDS = 8  # of an error
@@ -342,6 +343,7 @@ def run_row(name: str, function: str, *arguments) -> dict:
 
 
 def main() -> None:
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--row", help="measure this row in this process and print it as JSON")
     row = parser.parse_args().row
@@ -363,7 +365,8 @@ def main() -> None:
         print(f"{name:76} {problem or describe(result)}", flush=True)
     folder, suffix = ROOT / "benchmarks", "gpu" if ON_GPU else "cpu"
     results["exponents"] = draw_growth(results, folder / f"growth_{suffix}.png")
-    (folder / f"results_{suffix}.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (folder / f"results_{suffix}.json").write_text(text, encoding="utf-8")
     for name, value in results["exponents"].items():
         print(f"Grows with length to the power {value:.2f}: {name}")
     print(f"Written to benchmarks/results_{suffix}.json and benchmarks/growth_{suffix}.png")

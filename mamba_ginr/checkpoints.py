@@ -1,5 +1,7 @@
 """Files that keep weights and training states: written whole or not at all, read without running what they may hold."""
 
+import contextlib
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,16 +10,102 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def save_atomically(path: Path, write) -> None:
-    """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole.
+
+    OSError names ``path`` and what the system refuses (no space, no permission, ...). Whatever stops it, an interrupt
+    as well, the unfinished file is removed and the old one stays.
+    """
+    unfinished, recorder = path.with_name(f".{path.name}.unfinished"), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            recorder = _Recorder(file)
+            write(recorder)
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:  # some mounted drives (of hosted notebooks, say) know no fsync
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        cause = error if isinstance(error, OSError) else getattr(recorder, "error", None)
+        if cause is None or not isinstance(error, Exception):
+            raise
+        text = _cannot_write(path, cause)
+        raise (OSError(cause.errno, text) if cause.errno else OSError(text)) from error
+
+
+class _Recorder:
+    """A file that keeps the OSError of a failed write, which torch.save turns into a RuntimeError without its cause."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def _cannot_write(path: Path, cause: OSError) -> str:
+    old = "The one that was there is whole" if path.is_file() else "Nothing is there"
+    what = "Free some space" if cause.errno in NO_SPACE else "Mend that"
+    return (
+        f"{path} cannot be written: {cause.strerror or cause}. {old}, the unfinished file is removed. {what}, or set "
+        f"OUTPUT_DIR to another folder, and run again."
+    )
+
+
+# The disk is full, one's share of it is, or a file may not be as large.
+NO_SPACE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+
+
+@contextlib.contextmanager
+def only_writer(path: Path):
+    """Let no other process write ``path``, a run's state, meanwhile; CheckpointError where one does.
+
+    The system lets go with the process, however it ends. Where files cannot be locked (Windows, some network drives)
+    this does nothing.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as clean_up:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            _lock(lock, clean_up)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another run is writing {path}, and each would overwrite the other's files. Let it end or stop it, or "
+                f"set OUTPUT_DIR to another folder."
+            ) from None
+        except (OSError, AttributeError):
+            pass  # no such locks here; what else is wrong with the folder, the first save says
+        yield
+
+
+def _lock(path: Path, clean_up: contextlib.ExitStack) -> None:
+    """Hold the lock of a file that is made for it and removed by ``clean_up``; BlockingIOError where another does."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        clean_up.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            clean_up.callback(path.unlink, missing_ok=True)
+            return  # else the one that held it has just removed it
 
 
 class Saver:

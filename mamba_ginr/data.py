@@ -1,6 +1,12 @@
 """Images: CIFAR-10, a folder of one's own, or photographs that need no network."""
 
+import http.client
+import pickle
+import socket
+import tarfile
+import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -13,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
+
+if not find_spec("skimage"):  # its photographs are asked for after the training, too
+    raise ModuleNotFoundError("Not installed: scikit-image. Run: pip install scikit-image")
 
 
 @dataclass
@@ -29,15 +38,31 @@ class ImageData:
         return f"{self.name}, {train} images to train on, {held_out} held out, {test} to test"
 
 
+# What a cut, stalled or corrupt download raises, in the network, in the archive or in what was unpacked.
+DOWNLOAD_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError, zlib.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+STALLED = 60.0  # seconds without a byte, after which a download counts as cut
+
+
 def load_cifar10(root: Path) -> tuple[str, Tensor, Tensor]:
-    """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into ``root`` if it is not there."""
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into ``root`` if it is not there.
+
+    RuntimeError, with the reason, where it is not whole on disk and cannot be downloaded.
+    """
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALLED)
     try:
         splits = [torchvision.datasets.CIFAR10(root, train=train, download=True).data for train in (True, False)]
-    except (OSError, RuntimeError) as error:
+    except DOWNLOAD_ERRORS as error:
         raise RuntimeError(
-            f"CIFAR-10 is not whole in {root} and cannot be downloaded ({error}). Set DATA_DIR to the folder "
-            f"that holds {torchvision.datasets.CIFAR10.base_folder}/, or DATASET to 'folder' or 'photos'."
+            f"CIFAR-10 is not whole in {root} and cannot be downloaded ({str(error) or type(error).__name__}). Set "
+            f"DATA_DIR to the folder that holds {torchvision.datasets.CIFAR10.base_folder}/, or DATASET to 'folder' or "
+            f"'photos', or run this again for another try."
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
     return "CIFAR-10", *(rearrange(torch.from_numpy(s), "n h w c -> n c h w") for s in splits)
 
 
@@ -101,7 +126,7 @@ def cifar10_within_reach(root: Path) -> bool:
     try:
         with urlopen(Request(cifar10.url, method="HEAD"), timeout=10):
             return True
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -110,7 +135,11 @@ def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: 
 
     Raises ValueError for an unknown dataset, or if too few images are left to train on.
     """
-    root = Path(root)
+    root, asked = Path(root), dataset
+    if dataset != "photos" and root.exists() and not root.is_dir():
+        raise NotADirectoryError(
+            f"DATA_DIR = {str(root)!r} is a file: name the folder that holds the images, or is to."
+        )
     if dataset == "auto":
         dataset = "cifar10" if cifar10_within_reach(root) else "photos"
         if dataset == "photos":
@@ -118,7 +147,13 @@ def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: 
     loaders = {"cifar10": lambda: load_cifar10(root), "folder": lambda: load_folder(root), "photos": load_photos}
     if dataset not in loaders:
         raise ValueError(f"DATASET = {dataset!r}: choose one of auto, {', '.join(loaders)}")
-    name, train, test = loaders[dataset]()
+    try:
+        name, train, test = loaders[dataset]()
+    except RuntimeError as error:
+        if not (asked == "auto" and dataset == "cifar10"):
+            raise
+        print(f"WARNING: {error} Until then scikit-image's photographs take its place.")
+        name, train, test = load_photos()
     if held_out < 1 or len(train) <= held_out:
         raise ValueError(
             f"HELD_OUT = {held_out} must lie in 1 … {len(train) - 1}: {name} has {len(train)} training images"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mamba_ginr.checkpoints import only_writer
 from mamba_ginr.cuda_graph import GraphedStep
 from mamba_ginr.figures import draw_curves, show
 from mamba_ginr.training_run import Run
@@ -37,7 +38,8 @@ class Progress:
                 progress.finish_epoch(scores)
 
     ``path`` and ``title`` are the curves', which are drawn within the next epoch, when a GPU has steps to work on.
-    ValueError where the model's weights are trained and no state goes on from them.
+    ValueError where the model's weights are trained and no state goes on from them; CheckpointError where another
+    process is writing this run's files.
     """
 
     def __init__(self, run: Run, epochs: int, path: Path, title: str):
@@ -47,20 +49,23 @@ class Progress:
             )
         run.model.trained = True
         self.run, self.epochs, self.path, self.title = run, epochs, path, title
-        self.curves, self.stale, self.clean_up = None, False, ExitStack()
+        self.curves, self.stale = None, False
         self.graphed = run.train_step.execute if isinstance(run.train_step.execute, GraphedStep) else None
 
     def __enter__(self):
         run, count = self.run, len(self.run.losses)
-        print(HEADER, *map(log_line, run.history), sep="\n")
-        if run.history:
-            self.draw()
-        self.interrupted = self.clean_up.enter_context(deferred_interrupt())
-        done = run.epoch * count + run.step
-        self.bar = self.clean_up.enter_context(tqdm(total=self.epochs * count, initial=done, desc="steps", leave=False))
-        if self.graphed and run.epoch < self.epochs:
-            self.bar.set_description("compiling, about a minute")
-        self.clean_up.enter_context(closing(run.saver))
+        with ExitStack() as begun:  # what fails from here on leaves no lock and no handler
+            begun.enter_context(only_writer(run.state_path))
+            print(HEADER, *map(log_line, run.history), sep="\n")
+            if run.history:
+                self.draw()
+            self.interrupted = begun.enter_context(deferred_interrupt())
+            done = run.epoch * count + run.step
+            self.bar = begun.enter_context(tqdm(total=self.epochs * count, initial=done, desc="steps", leave=False))
+            if self.graphed and run.epoch < self.epochs:
+                self.bar.set_description("compiling, about a minute")
+            begun.enter_context(closing(run.saver))
+            self.clean_up = begun.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -108,10 +113,18 @@ class Progress:
 
 @contextmanager
 def deferred_interrupt():
-    """Hold an interrupt back until the running step is whole; yields a function that says whether one has come."""
+    """Hold an interrupt back until the running step is whole; yields a function that says whether one has come.
+
+    Python hears interrupts in its main thread only. In a run in another one none is held back: it is a
+    KeyboardInterrupt of the main thread.
+    """
     interrupts = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    except ValueError:  # not the main thread, or not the main interpreter
+        yield lambda: False
+        return
     try:
         yield lambda: bool(interrupts)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    finally:  # None: a handler that is not Python's, which Python cannot put back
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)

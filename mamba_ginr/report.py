@@ -1,4 +1,17 @@
-"""What the last cells print: a line for each row of numbers."""
+"""What the last cells print: a line for each row of numbers; and that a terminal can show it."""
+
+import io
+import sys
+
+
+def print_anywhere() -> None:
+    """Have × and − printed as ? where the terminal's encoding (cp1252, ASCII) has no such characters: no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+print_anywhere()  # cell 1 imports this before anything is printed, also where the cells run as a program
 
 ENLARGEMENT_HEADER = f"{'PSNR, dB':34} nearest  bicubic  Lanczos  MAMBA-GINR  over bicubic  consistency"
 

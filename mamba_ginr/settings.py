@@ -1,6 +1,8 @@
 """Settings of the notebook: what its cell 10 says, what a choice changes of it, and what the environment sets."""
 
 import math
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -45,6 +47,7 @@ def settings_from_environment(defaults: dict, environment: dict) -> dict:
 
 
 POSITIVE = "EPOCHS", "EVAL_BATCH", "QUERY_CHUNK"
+PLACES = "DATA_DIR", "OUTPUT_DIR", "PRETRAINED"
 PRECISIONS = "float16", "bfloat16", "float32"
 
 
@@ -63,6 +66,7 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
         changes |= dict.fromkeys(table[asked[name]], name)
     values = {n: choices[name][asked[name]][n] for n, name in changes.items()}
     settings = settings_from_environment(defaults | values, environment)
+    settings |= {name: os.path.expanduser(settings[name]) for name in PLACES if name in settings}  # ~ is one's home
     for choice in choices:
         changed = [n for n, name in changes.items() if name == choice and settings[n] == values[n] != defaults[n]]
         if changed:
@@ -83,19 +87,42 @@ ELSEWHERE = """
 """.split()
 
 
-def what_a_run_shares(settings: dict) -> dict:
-    """The settings that a resumed run must share with its state: all but those of place and of reporting."""
-    return {name: value for name, value in settings.items() if name not in ELSEWHERE}
+def what_a_run_shares(settings: dict, names: dict | None = None) -> dict:
+    """The settings that a resumed run must share with its state: all but those of place and of reporting.
+
+    ``names`` are the notebook's now: ValueError where one was set after cell 10, which would change nothing.
+    """
+    shared = {name: value for name, value in settings.items() if name not in ELSEWHERE}
+    if late := [f"{n} = {names[n]!r} (not {v!r})" for n, v in shared.items() if names and names.get(n, v) != v]:
+        raise ValueError(
+            f"set after cell 10, where it has no effect: {', '.join(late)}. Set it in cell 10, and run that."
+        )
+    return shared
+
+
+def check_output(output: str) -> None:
+    """ValueError unless the folders of checkpoints and figures can be made and written; nothing is left in them."""
+    for folder in (Path(output), Path(output) / "checkpoints", Path(output) / "figures"):
+        try:
+            place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"OUTPUT_DIR = {output!r}: {folder} cannot be written to ({error.strerror or error}), and a run could "
+                f"keep nothing. Set OUTPUT_DIR to a folder that can be."
+            ) from None
 
 
 def announce(settings: dict, environment: dict, device: torch.device) -> None:
     """Say what kind of run this is, what was set from outside, and where it runs.
 
-    ValueError if it would overwrite a full run's files.
+    ValueError if it would overwrite a full run's files, or could write none.
     """
     train, small, output = (settings[name] for name in ("TRAIN", "SMALL", "OUTPUT_DIR"))
     if (small or not train) and Path(output).resolve() == Path.cwd():
         raise ValueError("only a full training run writes here: set OUTPUT_DIR to another folder than this one")
+    check_output(output)
     if not train:
         print(f"TRAIN is off: the weights of {settings['PRETRAINED']}; files go to {output}/ only.")
     elif small:

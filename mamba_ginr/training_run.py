@@ -88,7 +88,7 @@ class Run:
             changes = "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in differing)
             raise CheckpointError(
                 f"{self.state_path} is the state of another run: {changes}. Nothing was changed. "
-                f"Set these back to resume that run, or move the file away to start a new one."
+                f"Set these back to resume that run. To start a new one, move the file away or set another OUTPUT_DIR."
             )
         try:
             self.model.load_state_dict(state["model"])

@@ -1,5 +1,8 @@
 """Checkpoints: written whole or not at all, read back, spoilt, and of other versions."""
 
+import errno
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from mamba_ginr import checkpoints
+from mamba_ginr import checkpoints, figures
 
 
 def test_a_state_is_written_in_the_background_and_what_fails_is_told(nb, monkeypatch, tmp_path):
@@ -192,3 +195,153 @@ def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
     nb.save_atomically(path, lambda file: file.write(b"new"))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"new"
+
+
+def a_full_device(path, monkeypatch):
+    path.with_name(f".{path.name}.unfinished").symlink_to("/dev/full")
+
+
+def a_full_disk(path, monkeypatch):
+    """A file that takes 1000 bytes."""
+    recorder = checkpoints._Recorder
+
+    def full(file):
+        write, room = file.write, [1000]
+
+        def some(data):
+            room[0] -= len(memoryview(data).cast("B"))
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(data)
+
+        wrapped = recorder(file)
+        wrapped.file = type("Full", (), {"write": staticmethod(some), "flush": file.flush})()
+        return wrapped
+
+    monkeypatch.setattr(checkpoints, "_Recorder", full)
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 4,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def check_full(path, write, cause):
+    old = path.read_bytes()
+    with pytest.raises(
+        OSError, match=r"cannot be written: .*The one that was there is whole.*Free some space"
+    ) as error:
+        write()
+    assert str(path) in str(error.value)
+    assert cause in str(error.value)
+    assert path.read_bytes() == old
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+@pytest.mark.parametrize("full", [a_full_device, a_full_disk])
+def test_a_full_disk_is_named_and_nothing_unfinished_stays(full, size, monkeypatch, tmp_path):
+    """Though torch.save may raise a RuntimeError of its file format in its place."""
+    path = tmp_path / "state.pth"
+    checkpoints.save_atomically(path, lambda file: torch.save({"old": 1}, file))
+    full(path, monkeypatch)
+    check_full(
+        path,
+        lambda: checkpoints.save_atomically(path, lambda file: torch.save(torch.zeros(size), file)),
+        "No space left on device",
+    )
+    assert torch.load(path, weights_only=True) == {"old": 1}
+
+
+def test_a_file_that_may_not_grow_is_named(small_files, tmp_path):
+    path = tmp_path / "state.pth"
+    checkpoints.save_atomically(path, lambda file: file.write(b"old"))
+    check_full(
+        path,
+        lambda: checkpoints.save_atomically(path, lambda file: torch.save(torch.zeros(100_000), file)),
+        "File too large",
+    )
+
+
+def test_a_full_disk_is_named_for_states_and_figures_too(monkeypatch, tmp_path):
+    path = tmp_path / "psnr.png"
+    path.write_bytes(b"old")
+    a_full_device(path, monkeypatch)
+    check_full(path, lambda: figures.show(figures.Figure(figsize=(1, 1)), path), "No space left on device")
+    saver = checkpoints.Saver()
+    a_full_device(path, monkeypatch)
+    saver.save({path: {"weights": torch.zeros(1000)}})
+    check_full(path, saver.close, "No space left on device")
+
+
+def test_an_interrupted_save_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def interrupted(file):
+        file.write(b"new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_atomically(path, interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "figures").write_text("a file")
+    with pytest.raises(OSError, match=r"x\.png cannot be written: .*Nothing is there.*set OUTPUT_DIR to another"):
+        checkpoints.save_atomically(tmp_path / "figures/x.png", lambda file: file.write(b"new"))
+
+
+def test_two_processes_do_not_write_one_state(tmp_path):
+    program = f"""
+import time
+from pathlib import Path
+from mamba_ginr.checkpoints import only_writer
+with only_writer(Path({str(tmp_path / "new/state.pth")!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"another run is writing .*state\.pth, .*set OUTPUT_DIR to another"
+        ):
+            with checkpoints.only_writer(tmp_path / "new/state.pth"):
+                pytest.fail("both write")
+        with checkpoints.only_writer(tmp_path / "new/state_hybrid.pth"):  # another decoder's
+            pass
+        process.kill()
+    for _ in range(2):  # the lock goes with the process, and with the end of a run
+        with checkpoints.only_writer(tmp_path / "new/state.pth"):
+            assert [p.name for p in (tmp_path / "new").iterdir()] == [".state.pth.lock"]
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_drive_without_locks_or_fsync_takes_a_run(monkeypatch, tmp_path):
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", unknown)
+    monkeypatch.setattr(os, "fsync", unknown)
+    with checkpoints.only_writer(tmp_path / "state.pth"):
+        checkpoints.save_atomically(tmp_path / "state.pth", lambda file: file.write(b"new"))
+    assert (tmp_path / "state.pth").read_bytes() == b"new"
+    monkeypatch.setattr(checkpoints, "fcntl", None)  # Windows
+    with checkpoints.only_writer(tmp_path / "state.pth"):
+        pass
+
+    def full(*_):  # some drives say so only now
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"state\.pth cannot be written: No space left"):
+        checkpoints.save_atomically(tmp_path / "state.pth", lambda file: file.write(b"newer"))
+    assert (tmp_path / "state.pth").read_bytes() == b"new"

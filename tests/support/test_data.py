@@ -1,5 +1,14 @@
 """Data: folders, photographs and CIFAR-10, on disk or out of reach, and the images held out."""
 
+import gzip
+import http.client
+import http.server
+import socket
+import tarfile
+import threading
+import time
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -120,3 +129,84 @@ def test_photographs_are_cropped_for_enlargement(nb):
     assert (crops.shape, crops.dtype) == ((33, 3, 256, 256), torch.uint8)
     assert torch.equal(nb.photograph_crops(limit=2), crops[[0, 32]])
     assert torch.equal(nb.photograph_crops(limit=50), crops)
+
+
+CUT = [
+    (http.client.IncompleteRead(b"1234", 6), "IncompleteRead(4 bytes read, 6 more expected)"),
+    (http.client.BadStatusLine("<html>"), "<html>"),
+    (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer"),
+    (TimeoutError(), "TimeoutError"),
+    (tarfile.ReadError("unexpected end of data"), "unexpected end of data"),
+    (zlib.error("Error -3 while decompressing data"), "Error -3"),
+    (EOFError("Compressed file ended before the end-of-stream marker was reached"), "Compressed file ended"),
+    (gzip.BadGzipFile("Not a gzipped file"), "Not a gzipped file"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), CUT, ids=[type(error).__name__ for error, _ in CUT])
+def test_a_cut_download_is_one_clear_error_and_auto_goes_on(nb, error, reason, monkeypatch, tmp_path, capsys):
+    def cut(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loading.torchvision.datasets.cifar, "download_and_extract_archive", cut)
+    monkeypatch.setattr(loading, "cifar10_within_reach", lambda _: True)
+    with pytest.raises(RuntimeError, match=r"cannot be downloaded \(.*\)\. Set DATA_DIR to the folder") as told:
+        nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 0, "cpu")
+    assert reason in str(told.value)
+    assert nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu").name == "scikit-image photographs"
+    out = capsys.readouterr().out
+    assert out.startswith("WARNING: CIFAR-10 is not whole in ")
+    assert reason in out
+    assert out.endswith("Until then scikit-image's photographs take its place.\n")
+
+
+@pytest.mark.parametrize("how", ["cut", "stalls"])
+def test_a_server_that_stops_in_the_middle(nb, how, monkeypatch, tmp_path, capsys):
+    over = threading.Event()
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(bytes(1000))
+            self.wfile.flush()
+            if how == "stalls":
+                over.wait(60)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(loading.torchvision.datasets.CIFAR10, "url", url)
+        monkeypatch.setattr(loading, "STALLED", 0.3)
+        began = time.monotonic()
+        data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu")
+        over.set()
+        server.shutdown()
+    assert time.monotonic() - began < 30
+    assert data.name == "scikit-image photographs"
+    assert "WARNING: CIFAR-10 is not whole in" in capsys.readouterr().out
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_server_that_talks_nonsense_is_out_of_reach(nb, monkeypatch, tmp_path):
+    def nonsense(*_, **__):
+        raise http.client.BadStatusLine("<html>")
+
+    monkeypatch.setattr(loading, "urlopen", nonsense)
+    assert not loading.cifar10_within_reach(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "cifar10", "folder"])
+def test_a_file_in_place_of_the_data_folder_is_named(nb, dataset, tmp_path):
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(NotADirectoryError, match=r"DATA_DIR = '.*data' is a file: name the folder"):
+        nb.load_data(dataset, str(tmp_path / "data"), 100, 0, 0, 0, "cpu")

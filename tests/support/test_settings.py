@@ -1,6 +1,9 @@
 """Settings: from the environment, from a choice of others, and what a wrong one says."""
 
+import tempfile
+
 import pytest
+import torch
 
 import mamba_ginr.settings as settings_module
 
@@ -56,3 +59,49 @@ def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys)
     )  # what came to be, and in place of what: neither a value of no effect nor one that stands in the column anyway
     with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
         nb.choose_settings(column, choices, {"MAMBA_GINR_OPTIMIZER": "sgd"})
+
+
+@pytest.mark.parametrize("blocked", ["out", "out/checkpoints", "out/figures"])
+def test_an_output_folder_that_cannot_be_is_named_before_a_run(blocked, monkeypatch, tmp_path):
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file")
+    settings = {"TRAIN": True, "SMALL": True, "OUTPUT_DIR": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"OUTPUT_DIR = '.*out': .* cannot be written to \(Not a directory\)"):
+        settings_module.announce(settings, {}, torch.device("cpu"))
+    (tmp_path / blocked).unlink()
+    (tmp_path / blocked).symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"cannot be written to \(No such file or directory\)"):
+        settings_module.check_output(str(tmp_path / "out"))
+
+
+def test_a_folder_without_permission_or_on_a_read_only_disk_is_named(monkeypatch, tmp_path):
+    def refused(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(
+        ValueError, match=r"new/out cannot be written to \(Permission denied\).*Set OUTPUT_DIR to a fold"
+    ):
+        settings_module.check_output(str(tmp_path / "new/out"))
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_is(tmp_path):
+    settings_module.check_output(str(tmp_path / "Ein Ordner ü/out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder(nb, monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    column = {"EPOCHS": 1, "EVAL_BATCH": 8, "QUERY_CHUNK": 8, "OUTPUT_DIR": "~/out", "DATA_DIR": "a~b", "DATASET": "~"}
+    settings = nb.choose_settings(column, {}, {"MAMBA_GINR_DATA_DIR": "~/data"})
+    assert settings == {**column, "OUTPUT_DIR": "/somebody/out", "DATA_DIR": "/somebody/data"}
+    assert nb.choose_settings(column, {}, {})["DATA_DIR"] == "a~b"
+
+
+def test_a_setting_changed_after_cell_10_is_named():
+    settings = {"EPOCHS": 40, "SEED": 0, "QUERY_CHUNK": 8}
+    names = {**settings, "QUERY_CHUNK": 4}
+    assert settings_module.what_a_run_shares(settings, names) == {"EPOCHS": 40, "SEED": 0}
+    with pytest.raises(ValueError, match=r"no effect: EPOCHS = 3 \(not 40\)\. Set it in cell 10, and run that"):
+        settings_module.what_a_run_shares(settings, {**names, "EPOCHS": 3})

@@ -2,12 +2,14 @@
 
 import math
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_runs import SETTINGS, STEPS, state_in, tensors, without_times
 
-from mamba_ginr import checkpoints, training_run
+from mamba_ginr import checkpoints, progress, training_run
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_a_state_of_another_configuration_is_refused_and_kept(nb, start, tmp_pat
     with pytest.raises(checkpoints.CheckpointError, match="SEED is 0 there and 1 here") as error:
         start(tmp_path, {"DIM": 16, "SEED": 1})
     assert str(path) in str(error.value)
-    assert "move the file away" in str(error.value)
+    assert "move the file away or set another OUTPUT_DIR" in str(error.value)
     assert "DIM" not in str(error.value)
     assert path.read_bytes() == before
 
@@ -131,3 +133,64 @@ def test_a_state_of_another_version_is_named(nb, start, spoil, tmp_path):
     torch.save(state, run.state_path)
     with pytest.raises(checkpoints.CheckpointError, match=r"_state.pth does not fit this version of the training"):
         start(tmp_path, EPOCHS=2)
+
+
+def test_a_run_in_another_thread_is_the_same(start, tmp_path):
+    """Python hears signals in its main thread only, which web notebooks and schedulers may not give to a run."""
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(start, tmp_path / "there").result()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert without_times(there.history) == without_times(start(tmp_path / "here").history)
+
+
+def test_an_interrupt_of_a_run_in_another_thread_is_the_main_threads():
+    held, let_go, heard = threading.Event(), threading.Event(), []
+
+    def run():
+        with progress.deferred_interrupt() as interrupted:
+            held.set()
+            assert let_go.wait(60)
+            heard.append(interrupted())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert held.wait(60)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    let_go.set()
+    thread.join()
+    assert heard == [False]
+
+
+def test_a_handler_that_is_not_pythons_is_no_error(monkeypatch):
+    before, set_handler = signal.getsignal(signal.SIGINT), signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_handler(number, handler) and None)
+    with progress.deferred_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_fails_at_the_start_of_a_run_leaves_no_lock_and_no_handler(start, monkeypatch, tmp_path):
+    start(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "show", fails)
+        with pytest.raises(OSError, match="disk full") as error:  # held, as a notebook holds its last error
+            start(tmp_path)
+    assert start(tmp_path).epoch == SETTINGS["EPOCHS"]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert error.value
+
+
+def test_a_state_that_another_run_writes_is_refused(start, tmp_path):
+    with checkpoints.only_writer(tmp_path / "checkpoints/mamba_ginr_state.pth"):
+        with pytest.raises(checkpoints.CheckpointError, match=r"another run is writing .*mamba_ginr_state\.pth"):
+            start(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert start(tmp_path).epoch == SETTINGS["EPOCHS"]
