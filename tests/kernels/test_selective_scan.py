@@ -152,8 +152,7 @@ def test_whatever_is_set_for_products_the_state_is_float32_and_the_setting_stays
     assert settings() == before
 
 
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("directions", "dynamic"), [(1, True), (2, False)])
 def test_the_compiler_takes_the_scan_in_one_piece(directions, dynamic):
     inputs = make_inputs(35, OPTIONS["all"], torch.float32, directions=directions)
     scan = lambda *a: selective_scan(*a, True, directions == 2, "torch")  # noqa: E731
