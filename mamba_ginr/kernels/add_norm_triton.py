@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import register
-from mamba_ginr.kernels.triton_tiles import sum_rows
+from mamba_ginr.kernels.backends import refuse_second_derivatives, register
+from mamba_ginr.kernels.triton_tiles import INT32, expect_plain_gradients, on_its_gpu, sum_rows
 
 
 @triton.jit
@@ -88,6 +88,7 @@ PROGRAMS = 1056  # of the backward pass, each with sums of its own
         " -> (Tensor, Tensor)"
     ),
 )
+@on_its_gpu
 def _add_norm(x, branch, branch_bias, weight, bias, eps, dtype):
     """The sum and its norm, (rows, dim) each."""
     (rows, dim), total, normed = x.shape, torch.empty_like(x), torch.empty_like(x, dtype=dtype)
@@ -104,6 +105,7 @@ def _add_norm(x, branch, branch_bias, weight, bias, eps, dtype):
     mutates_args=(),
     schema="(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor weight, float eps) -> (Tensor, Tensor)",
 )
+@on_its_gpu
 def _add_norm_backward(dtotal, dnormed, total, weight, eps):
     """The gradient of x and of branch alike, in the dtype of dtotal and dnormed, and those of the three vectors."""
     (rows, dim), dx = total.shape, torch.empty_like(dnormed)
@@ -128,13 +130,15 @@ def _(dtotal, dnormed, total, weight, eps):
 
 
 def _save_norm(ctx, inputs, output) -> None:
-    _x, branch, _branch_bias, weight, _bias, ctx.eps, _dtype = inputs
+    _x, branch, _branch_bias, weight, _bias, ctx.eps, ctx.dtype = inputs
     ctx.branch = branch is not None
     ctx.save_for_backward(output[0], weight)
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradients(ctx, dtotal, dnormed):
+    if dnormed is None:  # only the sum was used
+        dnormed = torch.zeros_like(dtotal, dtype=ctx.dtype)
     # The stream's gradient goes from layer to layer in the dtype of the products, as all other gradients do; in
     # float32 in between, because autograd wants it so, and the compiler leaves the two casts out.
     dtotal = None if dtotal is None else dtotal.to(dnormed.dtype).contiguous()
@@ -143,13 +147,22 @@ def _norm_gradients(ctx, dtotal, dnormed):
     return dx.float(), *((dx, dbranch_bias) if ctx.branch else (None, None)), dweight, dbias, None, None
 
 
+def _expect_rows(rows: Tensor) -> None:
+    if len(rows) >= INT32:
+        raise ValueError(f"add_norm: {len(rows):,} rows; the backend triton counts to {INT32:,}. Take nn.LayerNorm")
+
+
 def _add_norm_triton(x, branch, norm, dtype) -> tuple[Tensor, Tensor]:
     """``add_norm`` as the operator wants it: rows (rows, dim), one after the other."""
+    expect_plain_gradients("add_norm")
     product, bias = (None, None) if branch is None else (branch[0].flatten(0, -2).contiguous(), branch[1])
-    rows = x.flatten(0, -2).contiguous()
+    rows = x.flatten(0, -2)
+    _expect_rows(rows)
+    rows = rows.contiguous().float()
     total, normed = _add_norm(rows, product, bias, norm.weight, norm.bias, norm.eps, dtype)
     return total.unflatten(0, x.shape[:-1]), normed.unflatten(0, x.shape[:-1])
 
 
+refuse_second_derivatives(_add_norm_backward, "add_norm: the backend triton")
 _add_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
 register("add_norm", "triton", _add_norm_triton)

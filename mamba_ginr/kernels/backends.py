@@ -23,13 +23,14 @@ BACKENDS = ("torch", "triton", "mamba_ssm")
 _runs: dict[str, dict[str, Callable]] = {}  # by operation and backend
 _probes: dict[str, Callable[[torch.device], str]] = {}  # by backend
 _chosen = {"backend": "auto"}
-_faults: dict[str, str] = {}
+_faults: dict[str, str] = {}  # by backend and device
 
 
 def register(operation: str, backend: str, run: Callable, probe: Callable[[torch.device], str] | None = None) -> None:
     """Make ``run`` what ``backend`` does for ``operation``.
 
     ``probe`` tries the backend on a GPU, once a process: it returns what keeps it from running there, "" if it runs.
+    What may be otherwise the next time, such as a lack of memory, it raises, as ``passing`` tells.
     """
     _runs.setdefault(operation, {})[backend] = run
     if probe is not None:
@@ -123,14 +124,29 @@ def mamba_ssm_fault(device: torch.device | str) -> str:
 
 
 def _fault_of(name: str, device: torch.device | str) -> str:
-    """What the backend's probe says, asked once for a device."""
+    """What the backend's probe says, asked once for a device; a lack of memory is told, but not remembered."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     key = f"{name} on {device}"
     if key not in _faults:
-        _faults[key] = _probes[name](device)
+        if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"scan backend {name} was not tried on {device} yet, and cannot be while a CUDA graph is captured; "
+                f'call mamba_ginr.kernels.use_backend("auto", "{device}") before'
+            )
+        try:
+            _faults[key] = _probes[name](device)
+        except Exception as error:
+            if not passing(error):
+                raise
+            return f"no memory was left on {device} to try {name}, which is tried again next time ({first_line(error)})"
     return _faults[key]
+
+
+def passing(error: Exception) -> bool:
+    """Whether an error is a lack of memory, which says nothing of what runs on a machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def threads_of(device: torch.device | str) -> ThreadPoolExecutor:
@@ -145,6 +161,22 @@ def threads_of(device: torch.device | str) -> ThreadPoolExecutor:
 def first_line(error: Exception) -> str:
     """The kind of an error and the first line of its message, for a fault that fits in one line."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+REFUSED = "has first derivatives by backward() and autograd.grad only"
+INSTEAD = (
+    'For torch.func, forward mode and higher derivatives use_backend("torch", device), uncompiled, has them all '
+    "(as has the plain recurrence, mamba_ginr.kernels.selective_scan.reference)"
+)
+
+
+def refuse_second_derivatives(backward_operator, name: str) -> None:
+    """Have whoever differentiates an operator's gradients be told that, and not get a part of the truth."""
+
+    def refuse(_ctx, *_gradients):
+        raise RuntimeError(f"{name} {REFUSED}, and a second derivative was asked for. {INSTEAD}.")
+
+    backward_operator.register_autograd(refuse)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_ginr.kernels.backends import backend_for, implementation, register
+from mamba_ginr.kernels.inputs import expect_floats
 
 
 def causal_conv(
@@ -28,14 +29,18 @@ def causal_conv(
     Returns:
         (batch, length, channels) in the dtype of ``x``, summed in float32 (float64 for float64).
 
-    Raises ValueError for shapes that do not fit, RuntimeError for a backend that cannot run here.
+    Raises ValueError for shapes that do not fit, integers, complex numbers or several devices, RuntimeError for a
+    backend that cannot run here or has no such derivative; see ``selective_scan``.
     """
+    expect_floats("causal_conv", x=x, weight=weight, bias=bias)
     channels = x.shape[-1]
     if x.dim() != 3 or weight.dim() != 2 or len(weight) != channels or bias.shape != (channels,):
         raise ValueError(
             f"causal_conv: x must be (batch, length, channels), weight (channels, taps) and bias (channels,), "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    if not weight.shape[1]:
+        raise ValueError("causal_conv: weight must have at least one tap, got none")
     if bidirectional and channels % 2:
         raise ValueError(f"causal_conv: two directions need an even number of channels, got {channels}")
     conv = implementation("causal_conv", backend_for(backend, x.device))

@@ -11,8 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import register
-from mamba_ginr.kernels.triton_tiles import contiguous_rows, place_of, room_for, share_of_grid, sigmoid, sum_rows
+from mamba_ginr.kernels.backends import refuse_second_derivatives, register
+from mamba_ginr.kernels.triton_tiles import (
+    GRID,
+    by_images,
+    contiguous_rows,
+    expect_countable,
+    expect_plain_gradients,
+    on_its_gpu,
+    place_of,
+    room_for,
+    share_of_grid,
+    sigmoid,
+    sum_rows,
+)
 
 
 @triton.jit
@@ -169,6 +181,7 @@ def taps_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "mamba_ginr::causal_conv", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias, bool both) -> Tensor"
 )
+@on_its_gpu
 def _triton_conv(x, weight, bias, both):
     return conv_forward(x, weight, bias, both)
 
@@ -178,6 +191,7 @@ def _triton_conv(x, weight, bias, both):
     mutates_args=(),
     schema="(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool both) -> (Tensor, Tensor)",
 )
+@on_its_gpu
 def _triton_conv_backward(dout, x, weight, bias, both):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, conv_backward(dout, x, weight, bias, both, dx)
@@ -206,8 +220,22 @@ def _conv_gradients(ctx, dout: Tensor):
 
 def _conv_triton(x, weight, bias, bidirectional) -> Tensor:
     """``causal_conv`` as the operator wants it: rows as they are, the parameters in float32."""
-    return _triton_conv(contiguous_rows(x), weight.float().contiguous(), bias.float(), bidirectional)
+    expect_plain_gradients("causal_conv")
+    expect_parts("causal_conv", x.shape[1])
+    expect_countable("causal_conv", x.shape[1], x.shape[2])
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    return by_images(lambda x: _triton_conv(x, weight, bias, bidirectional), contiguous_rows(x))
 
 
+def expect_parts(name: str, length: int) -> None:
+    """ValueError for a sequence of more parts than the grid's second axis holds."""
+    if length > GRID * min(CONV_FORWARD["TOKENS"], CONV_BACKWARD["TOKENS"]):
+        raise ValueError(
+            f"{name}: a sequence of {length:,} steps; the backend triton takes some 8 million. Cut it in shorter ones, "
+            f'or use_backend("torch", device)'
+        )
+
+
+refuse_second_derivatives(_triton_conv_backward, "causal_conv: the backend triton")
 _triton_conv.register_autograd(_conv_gradients, setup_context=_save_conv_inputs)
 register("causal_conv", "triton", _conv_triton)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mamba_ginr.kernels.backends import backend_for, implementation
 from mamba_ginr.kernels.causal_conv import causal_conv
-from mamba_ginr.kernels.selective_scan.interface import expect_shapes, selective_scan
+from mamba_ginr.kernels.inputs import expect_floats, expect_shapes
+from mamba_ginr.kernels.selective_scan.interface import selective_scan
 
 
 def mamba_inner(
@@ -44,6 +45,13 @@ def mamba_inner(
 
     Raises what ``causal_conv`` and ``selective_scan`` raise.
     """
+    tensors = {"conv_weight": conv_weight, "conv_bias": conv_bias, "x_proj": x_proj, "dt_proj": dt_proj}
+    expect_floats("mamba_inner", xz=xz, **tensors, A=A, D=D, dt_bias=dt_bias)
+    if A.dim() != 2 or (bidirectional and len(A) % 2):
+        raise ValueError(
+            f"mamba_inner: A must be (channels, d_state), with an even number of channels for two directions, "
+            f"got {tuple(A.shape)}"
+        )
     (channels, d_state), rank, directions = A.shape, dt_proj.shape[-1], 1 + bidirectional
     expected = {
         "xz": (xz, (*xz.shape[:2], 2 * channels)),
@@ -51,11 +59,13 @@ def mamba_inner(
         "conv_bias": (conv_bias, (channels,)),
         "x_proj": (x_proj, (rank + 2 * directions * d_state, channels)),
         "dt_proj": (dt_proj, (channels, rank)),
+        "D": (D, (channels,)),
+        "dt_bias": (dt_bias, (channels,)),
     }
     expect_shapes("mamba_inner", expected)
     x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
     with torch.autocast(xz.device.type, enabled=False):
-        if backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64:
+        if backend_for(backend, xz.device) == "triton" and xz.dtype != torch.float64 and d_state:
             fused = implementation("mamba_inner", "triton")
             return fused(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, bidirectional)
         x, z = xz.chunk(2, dim=-1)

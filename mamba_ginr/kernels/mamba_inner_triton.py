@@ -7,10 +7,23 @@ gradients of both halves of xz where in_proj's backward wants them.
 import torch
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import register
-from mamba_ginr.kernels.causal_conv_triton import conv_backward, conv_forward, taps_and_bias
-from mamba_ginr.kernels.selective_scan.triton_ops import kept_states, save_inputs, scan_backward, scan_forward
-from mamba_ginr.kernels.triton_tiles import contiguous_rows, gradients_wanted
+from mamba_ginr.kernels.backends import refuse_second_derivatives, register
+from mamba_ginr.kernels.causal_conv_triton import conv_backward, conv_forward, expect_parts, taps_and_bias
+from mamba_ginr.kernels.selective_scan.triton_ops import (
+    kept_states,
+    save_inputs,
+    scan_backward,
+    scan_forward,
+    widest_row,
+)
+from mamba_ginr.kernels.triton_tiles import (
+    by_images,
+    contiguous_rows,
+    expect_countable,
+    expect_plain_gradients,
+    gradients_wanted,
+    on_its_gpu,
+)
 
 
 def _cut(small, dt_proj, A):
@@ -30,6 +43,7 @@ WEIGHTS = (
     mutates_args=(),
     schema=f"(Tensor xz, {WEIGHTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@on_its_gpu
 def _triton_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both, keep):
     x, z = xz.chunk(2, dim=-1)
     u = conv_forward(x, conv_weight, conv_bias, both)
@@ -46,6 +60,7 @@ def _triton_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, bo
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
+@on_its_gpu
 def _triton_inner_backward(dy, states, u, small, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, both):
     """Gradients of xz, taps and bias of the convolution in one, x_proj, dt_proj, A, and D and dt_bias in one."""
     (x, z), (delta, B, C) = xz.chunk(2, dim=-1), _cut(small, dt_proj, A)
@@ -83,10 +98,16 @@ def _inner_gradients(ctx, dy: Tensor, *_kept):
 
 def _inner_triton(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, bidirectional) -> Tensor:
     """``mamba_inner`` as the operator wants it: what is no matrix product's in float32."""
-    A, D, conv_weight, conv_bias, dt_bias = (t.float() for t in (A, D, conv_weight, conv_bias, dt_bias))
-    inputs = (xz.contiguous(), conv_weight.contiguous(), conv_bias, x_proj, dt_proj, A, D, dt_bias)
-    return _triton_inner(*inputs, bidirectional, gradients_wanted(inputs))[0]
+    expect_plain_gradients("mamba_inner")
+    expect_parts("mamba_inner", xz.shape[1])
+    expect_countable("mamba_inner", xz.shape[1], max(xz.shape[2], len(x_proj), widest_row(A)))
+    floats = (t.float().contiguous() for t in (conv_weight, conv_bias, A, D, dt_bias))
+    conv_weight, conv_bias, A, D, dt_bias = floats
+    weights = (conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias)
+    keep = gradients_wanted((xz, *weights))
+    return by_images(lambda xz: _triton_inner(xz, *weights, bidirectional, keep)[0], xz.contiguous())
 
 
+refuse_second_derivatives(_triton_inner_backward, "mamba_inner: the backend triton")
 _triton_inner.register_autograd(_inner_gradients, setup_context=save_inputs)
 register("mamba_inner", "triton", _inner_triton)

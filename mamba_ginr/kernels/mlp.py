@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_ginr.kernels.backends import autocast_dtype, implementation, is_fused
+from mamba_ginr.kernels.inputs import expect_floats, expect_shapes
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
@@ -33,8 +34,15 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, activation: str) -> tupl
     Returns:
         (..., outputs), and the bias of ``second`` (outputs,).
 
-    Raises ValueError for another activation.
+    Raises ValueError for another activation, shapes that do not fit, a layer without bias, integers or several devices.
     """
+    biases = {"first.bias": first.bias, "second.bias": second.bias}
+    if missing := [name for name, bias in biases.items() if bias is None]:
+        raise ValueError(f"mlp: {missing[0]} is None; make the layer with bias=True")
+    expect_floats("mlp", x=x, **{"first.weight": first.weight, "second.weight": second.weight}, **biases)
+    expected = {"x": (x, (*x.shape[:-1], first.in_features))}
+    expected["second.weight"] = (second.weight, (second.out_features, first.out_features))
+    expect_shapes("mlp", expected)
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}")
     dtype = autocast_dtype(x)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import register
-from mamba_ginr.kernels.triton_tiles import gradients_wanted, sum_rows
+from mamba_ginr.kernels.backends import refuse_second_derivatives, register
+from mamba_ginr.kernels.triton_tiles import INT32, expect_plain_gradients, gradients_wanted, on_its_gpu, sum_rows
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def _launch(sizes, a, weight, weight_strides, columns, *tensors, **flags) -> Non
     mutates_args=(),
     schema="(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, bool gelu, bool keep) -> (Tensor, Tensor)",
 )
+@on_its_gpu
 def _mlp(x, weight1, bias1, weight2, gelu, keep):
     """The output (rows, outputs), and, if ``keep``, what the backward pass wants: before GELU, or after ReLU."""
     activated = x.new_empty(len(x), len(weight1))
@@ -123,6 +124,7 @@ def _mlp(x, weight1, bias1, weight2, gelu, keep):
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
+@on_its_gpu
 def _mlp_backward(dy, kept, x, weight1, weight2, gelu):
     """Gradients of x, weight1, bias1 (float32) and weight2."""
     activated, dhidden = torch.empty_like(kept) if gelu else kept, torch.empty_like(kept)
@@ -156,10 +158,17 @@ def _gradients(ctx, dy: Tensor, _dkept):
 
 def _mlp_triton(x, weight1, bias1, weight2, gelu) -> Tensor:
     """The product of ``mlp``, for rows (rows, inputs), as the operator wants it: the first bias in float32."""
+    expect_plain_gradients("mlp")
+    if max(len(x), weight1.numel(), weight2.numel()) >= INT32:
+        raise ValueError(
+            f"mlp: {len(x):,} rows and weights of {weight1.numel():,} and {weight2.numel():,} numbers; the backend "
+            f"triton counts each in 32 bits, to {INT32:,}. Take nn.Linear"
+        )
     x, weight1, weight2 = (t.contiguous() for t in (x, weight1, weight2))
     inputs = (x, weight1, bias1.float(), weight2)
     return _mlp(*inputs, gelu, gradients_wanted(inputs))[0]
 
 
+refuse_second_derivatives(_mlp_backward, "mlp: the backend triton")
 _mlp.register_autograd(_gradients, setup_context=_save)
 register("mlp", "triton", _mlp_triton)

@@ -1,9 +1,15 @@
 """What several of the Triton kernels share, on the GPU and around a launch; imported only where Triton is there."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from mamba_ginr.kernels.backends import INSTEAD, REFUSED
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
@@ -109,9 +115,12 @@ def _sum_kernel(parts, total, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.con
     """Sum of (rows, columns) over its rows, in the same order at every run."""
     row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    parts += row.to(tl.int64) * columns + column[None, :]
+    step = tl.full([], ROWS, tl.int64) * columns  # a place counted from the start might need more than 32 bits
     for first in range(0, rows, ROWS):
         mask = (first + row < rows) & (column < columns)[None, :]
-        sums += tl.load(parts + (first + row) * columns + column[None, :], mask=mask, other=0.0)
+        sums += tl.load(parts, mask=mask, other=0.0)
+        parts += step
     tl.store(total + column, tl.sum(sums, 0), mask=column < columns)
 
 
@@ -125,9 +134,57 @@ def sum_rows(parts: Tensor) -> Tensor:
     return total
 
 
+GRID = 65_535  # CUDA's limit of a grid's second and third axis
+INT32 = 2**31  # the kernels count the places within one sequence in 32 bits; from image to image in 64
+
+
+def on_its_gpu(run: Callable) -> Callable:
+    """Make the GPU of an operator's first tensor the current one, on which Triton launches wherever the tensors are."""
+
+    @wraps(run)
+    def there(*inputs):
+        tensor = inputs[0] if inputs[0] is not None else inputs[1]
+        with torch.cuda.device_of(tensor):
+            return run(*inputs)
+
+    return there
+
+
+def by_images(run: Callable, *sequences: Tensor | None) -> Tensor:
+    """``run(*sequences)`` for so many images at once as a grid takes, which nearly always is all."""
+    images = len(sequences[0])
+    if images <= GRID:
+        return run(*sequences)
+    firsts = range(0, images, GRID)
+    return torch.cat([run(*(None if t is None else t[i : i + GRID] for t in sequences)) for i in firsts])
+
+
+def expect_countable(name: str, length: int, width: int) -> None:
+    """ValueError for a sequence whose places 32 bits cannot count; ``width`` is of the widest row of numbers."""
+    if (length + 64) * width >= INT32:  # a kernel may look some steps ahead
+        raise ValueError(
+            f"{name}: a sequence of {length:,} steps of up to {width:,} numbers; the backend triton counts to 2**31 "
+            f'= {INT32:,} within a sequence. Cut it in shorter ones, or use_backend("torch", device)'
+        )
+
+
+@torch.compiler.assume_constant_result
+def _differentiated_otherwise() -> bool:
+    """Whether forward mode, or a transform of torch.func that differentiates, is at work."""
+    functorch = torch._C._functorch
+    kinds = functorch.TransformType.Grad, functorch.TransformType.Jvp
+    return forward_ad._current_level >= 0 or any(i.key() in kinds for i in functorch.get_interpreter_stack() or ())
+
+
+def expect_plain_gradients(name: str) -> None:
+    """RuntimeError where an operator's derivative would be lost, or end in an error about PyTorch's insides."""
+    if _differentiated_otherwise():
+        raise RuntimeError(f"{name}: the backend triton {REFUSED}. {INSTEAD}.")
+
+
 def contiguous_rows(t: Tensor) -> Tensor:
     """The kernels step through time and batch by strides, but read channels and states side by side."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 and (t.shape[1] + 64) * t.stride(1) < INT32 else t.contiguous()
 
 
 def gradients_wanted(inputs: tuple) -> bool:

@@ -107,6 +107,78 @@ def test_autocast_leaves_the_state_in_float32():
     assert torch.equal(inside, selective_scan(**inputs, delta_softplus=True))
 
 
+PRECISIONS = {
+    "old": lambda: torch.set_float32_matmul_precision("high"),
+    "new": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "new of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "new of the processor": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+}
+
+
+@pytest.fixture
+def default_precision():
+    """What tests set of products' precision ends with them."""
+    yield
+    for holder in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        holder.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for holder in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        holder.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("order", ["old", "new", "new of all", "new of the processor", "old, new", "new, old"])
+def test_whatever_is_set_for_products_the_state_is_float32_and_the_setting_stays(order):
+    inputs = make_inputs(33, OPTIONS["all"], torch.float32, device=DEVICE)
+
+    def results():
+        y = selective_scan(**inputs, delta_softplus=True, backend="torch")
+        return [y, *torch.autograd.grad(y.sin().sum(), list(inputs.values()))]
+
+    def settings():
+        backends = torch.backends
+        values = [holder.fp32_precision for holder in (backends, backends.cuda.matmul, backends.mkldnn.matmul)]
+        try:
+            return [*values, torch.get_float32_matmul_precision()]
+        except RuntimeError:  # the new setting alone: PyTorch refuses to read the old one
+            return values
+
+    exact = results()
+    for setting in order.split(", "):
+        PRECISIONS[setting]()
+    before = settings()
+    for name, value, truth in zip(("y", *inputs), results(), exact):
+        assert relative_error(value, truth) < 1e-6, name
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("directions", "dynamic"), [(1, True), (2, False)])
+def test_the_compiler_takes_the_scan_in_one_piece(directions, dynamic):
+    inputs = make_inputs(35, OPTIONS["all"], torch.float32, directions=directions)
+    scan = lambda *a: selective_scan(*a, True, directions == 2, "torch")  # noqa: E731
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for run in (scan, compiled):
+        y = run(*inputs.values())
+        results.append((y, *torch.autograd.grad(y.sin().sum(), list(inputs.values()))))
+    for name, truth, value in zip(("y", *inputs), *results):
+        assert relative_error(value, truth) < 1e-6, name
+    again = lambda y: torch.autograd.grad(y.sum(), inputs["u"], create_graph=True)[0].sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):  # the compiler's own refusals
+        again(compiled(*inputs.values())).backward()
+
+
+def test_the_compilers_operator_is_well_formed():
+    operator = import_module("mamba_ginr.kernels.selective_scan.chunked")._compiled_scan
+    u, delta, A, B, C, *_ = make_inputs(18, (), torch.float32).values()
+    torch.library.opcheck(operator, (u, delta, B, C, A))
+    gradients = torch.autograd.grad(operator(u, delta, B, C, A)[0].square().sum(), u, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=r"the compiled selective_scan has first derivatives .* uncompiled, has them"
+    ):
+        gradients[0].sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_empty_sequence(backend):
     inputs = {

@@ -32,6 +32,28 @@ def test_images_of_a_wrong_kind_are_named(tiny):
         model.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_compiler_takes_the_model_in_one_piece(nb, tiny, fused):
+    model, images = tiny(), torch.rand(2, 3, 8, 8)
+    model.fused = fused
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = [run(images, nb.pixel_grid(8)) for run in (model, compiled)]
+    assert torch.allclose(*outputs, atol=1e-5)
+    used = [p for n, p in model.named_parameters() if not n.startswith("head.")]  # which these queries reach
+    plain, of_compiled = (torch.autograd.grad(output.square().sum(), used) for output in outputs)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(plain, of_compiled))
+
+
+def test_a_model_on_a_cpu_with_the_newer_setting_of_tf32(nb, tiny):
+    model, images = tiny(), torch.rand(2, 3, 8, 8)
+    expected = model(images, nb.pixel_grid(8))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert torch.allclose(model(images, nb.pixel_grid(8)), expected, atol=1e-6)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 def test_a_patch_size_that_does_not_fit(tiny):
     with pytest.raises(ValueError, match="patch_size 3 must divide image_size 8"):
         tiny(patch_size=3)

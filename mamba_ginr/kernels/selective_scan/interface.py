@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mamba_ginr.kernels.backends import backend_for, implementation
+from mamba_ginr.kernels.inputs import expect_floats, expect_shapes
 
 
 def selective_scan(
@@ -42,14 +43,21 @@ def selective_scan(
         backend: "torch", "triton" or "mamba_ssm"; None takes what ``use_backend`` chose.
 
     Returns:
-        y: (batch, length, channels) in the dtype of ``u``. The state is float32 (float64 for float64 input).
+        y: (batch, length, channels) in the dtype of ``u``. The state is float32 (float64 for float64 ``u``),
+            whatever the dtypes of the others, each of which gets a gradient in its own.
 
     Raises:
-        ValueError: a shape that does not fit ``u`` and ``A``, or an unknown backend.
-        RuntimeError: the backend cannot run here; the message says what is missing.
+        ValueError: a shape that does not fit ``u`` and ``A``, integers or complex numbers, tensors on several devices,
+            an unknown backend, or a sequence too long for Triton (2³¹ numbers).
+        RuntimeError: the backend cannot run here; the message says what is missing. Or a derivative that the backend
+            does not have: "torch" has all, of any order, forwards and backwards and under torch.func; "triton" and
+            "mamba_ssm" have gradients.
     """
+    expect_floats("selective_scan", u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional)
-    scan = implementation("selective_scan", backend_for(backend, u.device))
+    name = backend_for(backend, u.device)
+    # Of no states the kernels know nothing: y = D u, gated, which PyTorch computes from empty tensors.
+    scan = implementation("selective_scan", name if A.shape[1] else "torch")
     # Autocast would turn the read-out of the state into a bfloat16 product.
     with torch.autocast(u.device.type, enabled=False):
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional)
@@ -73,10 +81,3 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, bidirectional) -> None:
         "delta_bias": (delta_bias, (channels,)),
     }
     expect_shapes("selective_scan", expected)
-
-
-def expect_shapes(caller: str, expected: dict) -> None:
-    """ValueError for the first tensor, if it is given, that has not the shape beside it."""
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{caller}: {name} must have shape {shape}, got {tuple(tensor.shape)}")

@@ -151,8 +151,9 @@ def unpack_kernel(
     lane, n = tl.arange(0, 2 * CHUNK)[:, None], tl.arange(0, BLOCK_N)[None, :]
     dpairs += ((batch * DIRECTIONS + direction) * chunks + chunk) * d_state * (2 * CHUNK) + n * (2 * CHUNK) + lane
     total = tl.zeros([2 * CHUNK, BLOCK_N], tl.float32)
-    for block in range(blocks):
-        total += tl.load(dpairs + block * block_stride, mask=n < d_state, other=0.0)
+    for _block in range(blocks):
+        total += tl.load(dpairs, mask=n < d_state, other=0.0)
+        dpairs += block_stride  # a place counted from the first block might need more than 32 bits
     step, which = chunk * CHUNK + lane % CHUNK, lane // CHUNK  # 0 for B, 1 for C
     dBC += batch * dBC_batch + place_of(step, length, direction) * dBC_time
     mask = (step < length) & (n < d_state)

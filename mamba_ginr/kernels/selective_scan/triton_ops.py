@@ -4,14 +4,23 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import first_line, register, threads_of
+from mamba_ginr.kernels.backends import first_line, passing, refuse_second_derivatives, register, threads_of
 from mamba_ginr.kernels.selective_scan.triton_kernels import (
     backward_kernel,
     forward_kernel,
     pack_kernel,
     unpack_kernel,
 )
-from mamba_ginr.kernels.triton_tiles import contiguous_rows, gradients_wanted, room_for, sum_rows
+from mamba_ginr.kernels.triton_tiles import (
+    by_images,
+    contiguous_rows,
+    expect_countable,
+    expect_plain_gradients,
+    gradients_wanted,
+    on_its_gpu,
+    room_for,
+    sum_rows,
+)
 
 # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
@@ -23,12 +32,24 @@ def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectio
     """Both directions in one launch, forward and backward; see the kernels."""
     if u.dtype == torch.float64:
         raise RuntimeError("scan backend triton: float64 is for the torch backend; the kernel's state is float32")
+    expect_plain_gradients("selective_scan")
+    expect_countable("selective_scan", u.shape[1], widest_row(A))
     if not bidirectional:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
     u, delta, z, B, C = (None if t is None else contiguous_rows(t) for t in (u, delta, z, B, C))
     A, D, delta_bias = (None if t is None else t.float().contiguous() for t in (A, D, delta_bias))
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    return _triton_scan(*inputs, delta_softplus, gradients_wanted(inputs))[0]
+    keep = gradients_wanted((u, delta, A, B, C, D, z, delta_bias))
+
+    def run(u, delta, B, C, z):
+        return _triton_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep)[0]
+
+    return by_images(run, u, delta, B, C, z)
+
+
+def widest_row(A: Tensor) -> int:
+    """Numbers that the scan steps over for a step in time: of a sequence, of kept states, of B and C packed."""
+    channels, d_state = A.shape
+    return max(channels, triton.cdiv(d_state * channels, SIZES["CHUNK"]), 4 * d_state)
 
 
 def _blocks(A: Tensor, B: Tensor) -> int:
@@ -113,6 +134,7 @@ INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tenso
     mutates_args=(),
     schema=f"({INPUTS}, bool softplus, bool keep) -> (Tensor, Tensor)",
 )
+@on_its_gpu
 def _triton_scan(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
     return scan_forward((u, delta, A, B, C, D, z, delta_bias), softplus, keep)
 
@@ -125,6 +147,7 @@ def _triton_scan(u, delta, A, B, C, D, z, delta_bias, softplus, keep):
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
+@on_its_gpu
 def _triton_scan_backward(dout, states, u, delta, A, B, C, D, z, delta_bias, softplus):
     dz, inputs = room_for(z, u), (u, delta, A, B, C, D, z, delta_bias)
     dBC = B.new_zeros(*B.shape[:2], 2 * B.shape[2] * B.shape[3], dtype=torch.float32)
@@ -159,23 +182,26 @@ def _gradients(ctx, dout: Tensor, _dstates):
 
 def _try_triton(device: torch.device) -> str:
     try:
-        with torch.enable_grad():  # the first scan may be asked for where no gradients are
+        # The first scan may be asked for where autograd does not work, as in inference mode: operators alone.
+        with torch.no_grad():
             # Of the kind that the model asks for, so that nothing is compiled in vain.
-            x = torch.ones(1, 16, 64, device=device, dtype=torch.float16, requires_grad=True)
+            x = torch.ones(1, 16, 64, device=device, dtype=torch.float16)
             A, D = torch.full((64, 16), -1.0, device=device), torch.ones(64, device=device)
             B = x[..., :32].unflatten(-1, (2, 16))
             inputs = (x, x, A, B, B, D, x, D)
             with threads_of(device) as pool:  # the compiler works on both passes at once
                 if device.type == "cuda":
-                    constants = [t.detach() for t in inputs]
-                    pool.submit(_triton_scan_backward, constants[0], kept_states(x, A, True), *constants, True)
-                out, _states = _triton_scan(*inputs, True, True)
-            out.sum().backward()
-        return "" if torch.isfinite(x.grad).all() else "Triton's kernels give wrong results on this GPU"
+                    pool.submit(_triton_scan_backward, x, kept_states(x, A, True), *inputs, True)
+                out, states = _triton_scan(*inputs, True, True)
+            du, *_others = _triton_scan_backward(torch.ones_like(out), states, *inputs, True)
+        return "" if torch.isfinite(du).all() else "Triton's kernels give wrong results on this GPU"
     except Exception as error:
+        if passing(error):
+            raise
         # No C compiler, a GPU older than the compiler knows, a driver that does not fit.
         return f"Triton's kernels do not run ({first_line(error)}); they need a C compiler and a GPU from Volta on"
 
 
+refuse_second_derivatives(_triton_scan_backward, "selective_scan: the backend triton")
 _triton_scan.register_autograd(_gradients, setup_context=save_inputs)
 register("selective_scan", "triton", _scan_triton, _try_triton)
