@@ -1,13 +1,14 @@
 """One way to open an image, whatever a camera, a scanner or an editor wrote: RGB, 8 bits, sRGB, upright."""
 
 import os
+import struct
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 Source = str | os.PathLike | BinaryIO | Image.Image
 PATHS = str, bytes, os.PathLike
@@ -22,6 +23,8 @@ PLAIN_CMYK = "CMYK colours without a profile, converted approximately"
 NOT_READ = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # drawings, videos, measurements
 CAMERA_RAW = {".arw", ".cr2", ".dng", ".nef", ".pef", ".srw"}  # TIFF inside, with a small preview as the first page
 SEVERAL_BY_NATURE = {"MPO", "PSD"}  # a camera's JPEG with its thumbnail or depth map; layers beside their sum
+NO_RANGE = "floats, signed or of 32 bits, and so have no defined black and white"
+TO_EIGHT_BITS = "scale it to 0 … 255 and save it with 8 bits a channel"
 ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,9 +45,10 @@ def open_image(source: Source) -> Image.Image:
     """Open an image as RGB with 8 bits a channel, in sRGB, upright: a new image of mode RGB, values 0 … 255.
 
     ``source`` is a path, a binary file, or an image of Pillow; a file stays open. 16 bits a channel are cut to their
-    upper eight, the EXIF orientation is applied, an embedded colour profile is converted to sRGB, and transparent
-    pixels are put on white. Of several frames or pages the current one is taken, which in a file is the first. A line
-    is printed where something was put on white, left out or guessed.
+    upper eight, the EXIF orientation is applied, and transparent pixels are put on white. Colours are converted to
+    sRGB from the embedded profile, a camera's mark of Adobe RGB, or a PNG's gamma. Of several frames or pages the
+    current one is taken, which in a file is the first. A line is printed where something was put on white, left out
+    or guessed.
 
     OSError if the file cannot be opened. ValueError, with its name and what to do, if it holds no image that Pillow
     reads, a broken one, or pixels without a defined range (floats, 32-bit integers).
@@ -73,8 +77,8 @@ def read_image(source: Source) -> tuple[Image.Image, list[str]]:
         why, advice = error, "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     except UnidentifiedImageError:
         empty = isinstance(source, PATHS) and not os.path.getsize(source)
-        why = "the file is empty" if empty else "Pillow does not know its format, or it is broken"
-        advice = "remove it, or convert it to PNG or JPEG"
+        why = "the file is empty" if empty else "Pillow does not know its format or kind of pixels, or it is broken"
+        advice = "convert it to PNG or JPEG with 8 bits a channel, or remove it"
     except Exception as error:  # of a broken file a decoder may raise anything
         if isinstance(error, OSError) and error.filename is not None:
             raise  # no such file, a folder, or no permission: the message says which
@@ -103,8 +107,8 @@ def _convert(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     notes = []
     if image.format in NOT_READ:
         raise _Refused(f"{image.format} holds no picture of pixels", "export it as PNG")
-    if _is_preview(image, name):
-        raise _Refused("it is a camera's raw data, and only its preview would be read", "export it as PNG or JPEG")
+    if (tags := getattr(image, "tag_v2", None)) is not None:
+        _check_tiff(tags, name)
     if _is_animated(image) and image.format not in SEVERAL_BY_NATURE:
         notes.append(ONE_FRAME)
     if not min(image.size):
@@ -117,16 +121,23 @@ def _convert(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
         return _bare(image), notes  # most of a data set: nothing to convert
 
     stored = str(tiles[0][-1]) if tiles else ""  # Pillow's name of the pixels in the file
+    turn, profile = None, image.info.get("icc_profile")
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        exif = image.getexif()
+        turn = TURNS.get(exif.get(ORIENTATION))
+        if not profile and exif and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":
+            profile = adobe_rgb()  # as cameras mark it (DCF 2.0), without a profile
     except Exception:  # of broken EXIF data Pillow may raise anything
-        turn = notes.append(NO_EXIF)
-    profile, grey = image.info.get("icc_profile"), image.mode in ("1", "L", "LA", "La") or "LA;16" in stored
+        notes.append(NO_EXIF)
+    grey = image.mode in ("1", "L", "LA", "La") or "LA;16" in stored
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         image, grey = _eight_bits(image), True
     image, alpha = _opaque(image, stored)
     own = "L" if grey else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
+    gamma = None if profile or "srgb" in image.info else image.info.get("gamma")  # of a PNG: value = light^gamma
     image = _to_srgb(image.convert(own) if image.mode != own else image, profile, notes)
+    if gamma and abs(gamma - 1 / 2.2) > 0.02:
+        image = image.point(3 * _srgb_of_gamma(gamma))
     if alpha is not None:
         notes.append(ON_WHITE)
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
@@ -140,12 +151,16 @@ def _bare(image: Image.Image) -> Image.Image:
     return image
 
 
-def _is_preview(image: Image.Image, name: str) -> bool:
-    tags = getattr(image, "tag_v2", None)  # of a TIFF
-    if tags is None:
-        return False
+def _check_tiff(tags, name: str) -> None:
+    """Refuse what Pillow reads as something else. Tags by number as in TIFF 6.0, section 8."""
     # 50706 is DNGVersion; bit 0 of 254, NewSubfileType, says that this is a smaller version of another page.
-    return Path(name).suffix.lower() in CAMERA_RAW or 50706 in tags or bool(tags.get(254, 0) & 1)
+    if Path(name).suffix.lower() in CAMERA_RAW or 50706 in tags or tags.get(254, 0) & 1:
+        raise _Refused("it is a camera's raw data, and only its preview would be read", "export it as PNG or JPEG")
+    bits, compression, planar, formats = (tags.get(n, (1,)) for n in (258, 259, 284, 339))
+    if any(kind in (2, 3, 5, 6) for kind in formats):
+        raise _Refused(f"its pixels are {NO_RANGE}", TO_EIGHT_BITS)
+    if (compression, planar) == (1, 2) and max(bits) > 8:  # Pillow takes the bytes of each plane for pixels
+        raise _Refused("its channels of 16 bits lie one after another", "save it interleaved or compressed")
 
 
 def _is_animated(image: Image.Image) -> bool:
@@ -162,10 +177,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         depth = tags.get(258, (1,))[0]  # BitsPerSample: 12 come as 0 … 4095
     sixteen = image.mode.startswith("I;16") or (image.format in ("PNG", "PPM"))  # as older Pillow reads both
     if image.mode == "F" or not sixteen or depth > 16:
-        what = "floats" if image.mode == "F" else "signed or 32-bit integers"
-        raise _Refused(
-            f"its pixels are {what}, whose black and white are not defined", "scale it to 0 … 255 and save it as 8 bits"
-        )
+        raise _Refused(f"its pixels are {NO_RANGE}", TO_EIGHT_BITS)
     values = np.asarray(image)
     if tags is not None and tags.get(262) == 0:  # PhotometricInterpretation: white is zero
         values = 2**depth - 1 - values
@@ -222,3 +234,29 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     probe = Image.fromarray(colours[mode].reshape(1, -1, 3) if mode == "RGB" else colours[mode])
     moved = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
     return transform if np.abs(moved).max() > 1 else None
+
+
+def _srgb_of_gamma(gamma: float) -> list[int]:
+    """The level in sRGB (IEC 61966-2-1) of each level v that stands for light in proportion to v^(1/gamma)."""
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return (255 * levels).round().astype(int).tolist()
+
+
+@lru_cache(maxsize=1)
+def adobe_rgb() -> bytes:
+    """An ICC profile of Adobe RGB (1998): its primaries under D50 and its exponent, 563/256."""
+
+    def colour(*values: float) -> bytes:
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * v) for v in values))
+
+    primaries = colour(0.60974, 0.31111, 0.01947), colour(0.20528, 0.62567, 0.06087), colour(0.14919, 0.06322, 0.74457)
+    white, tones = colour(0.9642, 1, 0.8249), b"curv" + bytes(4) + struct.pack(">IHH", 1, 563, 0)
+    tags = dict(zip((b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ"), (white, *primaries)))
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), tones)
+    table, data, start = b"", b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table, data = table + name + struct.pack(">II", start + len(data), len(value)), data + value
+    size = struct.pack(">IxxxxI", start + len(data), 0x02400000)
+    header = size + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data

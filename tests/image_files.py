@@ -21,6 +21,7 @@ def png(width, height, bits, colour_type, rows, **chunks) -> bytes:
 def tiff(width, height, bits, pixels: bytes, order="<", **tags) -> bytes:
     """An uncompressed TIFF of one channel, or of ``SamplesPerPixel``; tags by name."""
     ids = {"NewSubfileType": 254, "Photometric": 262, "Orientation": 274, "SamplesPerPixel": 277, "SampleFormat": 339}
+    ids["PlanarConfiguration"] = 284
     channels = tags.get("SamplesPerPixel", 1)
     entries = {254: 0, 256: width, 257: height, 259: 1, 262: 1 if channels == 1 else 2, 277: 1, 278: height}
     entries |= {ids[name]: value for name, value in tags.items()}

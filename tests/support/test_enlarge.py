@@ -79,7 +79,7 @@ def test_super_resolve_opens_images_as_all_the_rest_does(nb, tmp_path, capsys):
     assert capsys.readouterr().out.count("x.png: transparent pixels, put on white.") == 4
     deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
     assert enlarge.super_resolve(model, deep, 2).getpixel((3, 3)) == (156, 156, 156)
-    with pytest.raises(ValueError, match="its pixels are floats"):
+    with pytest.raises(ValueError, match="its pixels are floats, signed or of 32 bits"):
         enlarge.super_resolve(model, Image.new("F", (4, 4)), 2)
     with pytest.raises(ValueError, match="it has 0×4 pixels"):
         enlarge.super_resolve(model, Image.new("RGB", (0, 4)), 2)

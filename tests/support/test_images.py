@@ -47,6 +47,8 @@ def stored(image, kind, **options):
 
 # Pixels of more, or fewer, than 8 bits
 
+NO_RANGE = "its pixels are floats, signed or of 32 bits, and so have no defined black and white"
+
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", ["png", "tiff", "pgm", "j2k", "array"])
@@ -95,11 +97,12 @@ def test_one_bit_palette_and_grey(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (Image.fromarray(np.ones((2, 2), np.float32)), "its pixels are floats"),
-        (Image.fromarray(np.ones((2, 2), np.int32)), "its pixels are signed or 32-bit integers"),
-        (tiff(2, 1, 16, bytes(4), SampleFormat=2), "its pixels are signed or 32-bit integers"),
-        (tiff(2, 1, 32, bytes(8)), "its pixels are signed or 32-bit integers"),
-        (b"Pf\n2 1\n-1.0\n" + bytes(8), "its pixels are floats"),
+        (Image.fromarray(np.ones((2, 2), np.float32)), NO_RANGE),
+        (Image.fromarray(np.ones((2, 2), np.int32)), NO_RANGE),
+        (tiff(2, 1, 16, bytes(4), SampleFormat=2), NO_RANGE),
+        (tiff(2, 1, 32, bytes(8)), NO_RANGE),
+        (tiff(2, 1, 8, bytes(2), SampleFormat=2), NO_RANGE),
+        (b"Pf\n2 1\n-1.0\n" + bytes(8), NO_RANGE),
     ],
 )
 def test_pixels_without_a_range_are_refused(tmp_path, content, why):
@@ -113,6 +116,12 @@ def test_pixels_without_a_range_are_refused(tmp_path, content, why):
 def test_colours_of_floats_are_refused(tmp_path):
     content = tiff(2, 1, 32, np.ones(6, np.float32).tobytes(), SamplesPerPixel=3, SampleFormat=3)
     with pytest.raises(ValueError, match=r"x\.tif cannot be read as an image"):
+        opened(content, tmp_path, "x.tif")
+
+
+def test_channels_of_16_bits_one_after_another_are_refused(tmp_path):
+    content = tiff(3, 1, 16, bytes(18), SamplesPerPixel=3, PlanarConfiguration=2)
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read .*one after another\): save it interleaved or comp"):
         opened(content, tmp_path, "x.tif")
 
 
@@ -197,6 +206,29 @@ def test_display_p3_and_adobe_rgb_become_srgb(tmp_path, kind):
         expected = 255 * linear_to_srgb(light[name])
         assert np.abs(found - expected).max() < 2.5
         assert np.abs(expected - PIXELS).max() > 20  # and much was to do
+
+
+def test_a_camera_s_mark_of_adobe_rgb_stands_for_its_profile(tmp_path):
+    interoperability, colour_space = {1: "R03", 2: b"0100"}, 65535
+    exif = Image.Exif()
+    exif[0x8769] = {0xA001: colour_space, 0xA005: interoperability}
+    found = opened(stored(Image.fromarray(PIXELS), "PNG", exif=exif), tmp_path)
+    expected = 255 * linear_to_srgb((PIXELS / 255) ** 2.19921875 @ np.transpose(ADOBE_TO_SRGB))
+    assert np.abs(found - expected).max() < 2.5
+    exif[0x8769][0xA005][1] = "R98"  # sRGB
+    assert (opened(stored(Image.fromarray(PIXELS), "PNG", exif=exif), tmp_path) == PIXELS).all()
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1 / 1.8, 0.45455])
+@pytest.mark.parametrize("colour_type", [0, 2])
+def test_the_gamma_of_a_png(tmp_path, gamma, colour_type):
+    pixels = PIXELS if colour_type else PIXELS[..., :1]
+    chunk = struct.pack(">I", round(100_000 * gamma))
+    rows = [row.tobytes() for row in pixels]
+    found = opened(png(9, 6, 8, colour_type, rows, gAMA=chunk), tmp_path)
+    expected = pixels if gamma == 0.45455 else 255 * linear_to_srgb((pixels / 255) ** (1 / gamma))  # that of sRGB
+    assert np.abs(found - expected).max() <= 0.51
+    assert (opened(png(9, 6, 8, colour_type, rows, sRGB=b"\0", gAMA=chunk), tmp_path) == pixels).all()
 
 
 def test_an_srgb_profile_changes_no_bit(tmp_path, capsys):
@@ -374,7 +406,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, kind):
     ("content", "why"),
     [
         (b"", "the file is empty"),
-        (b"<html>", "Pillow does not know its format, or it is broken"),
+        (b"<html>", "Pillow does not know its format or kind of pixels, or it is broken"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS holds no picture of pixels"),
         (png(1, 1, 8, 2, [bytes(3)], zTXt=b"k\0\0" + zlib.compress(bytes(2_000_000))), "MAX_TEXT_CHUNK"),
         (png(20_000, 20_000, 8, 2, [b""]), "decompression bomb.*raise PIL.Image.MAX_IMAGE_PIXELS"),
