@@ -59,7 +59,7 @@ def image_files(split: Path) -> tuple[list[str], dict[str, int]]:
         for entry in os.scandir(folder):
             suffix = os.path.splitext(entry.name)[1].lower()
             hidden = entry.name.startswith(".") or entry.name in THUMBNAILS
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 real = os.path.realpath(entry.path)
                 if hidden:
                     left_out["hidden"] += 1
@@ -71,7 +71,7 @@ def image_files(split: Path) -> tuple[list[str], dict[str, int]]:
                 left_out["hidden"] += suffix in readable
             elif suffix not in readable:
                 left_out[suffix or "without a suffix"] += 1
-            elif not entry.is_file():
+            elif not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
                 raise ValueError(f"{image_name(entry.path)} is a broken link or no file: mend or remove it.")
             elif len(way) == 1:
                 left_out["outside the class folders"] += 1
@@ -124,7 +124,7 @@ def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
             images[i] = np.asarray(image)
         splits.append(rearrange(torch.from_numpy(images), "n h w c -> n c h w"))
     for note, count in notes.items():
-        print(f"Images: {count} with {note} (the first is {first[note]}).")
+        print(f"Images: {count} with {note} (for example {first[note]}).")
     if resized:
         print(f"Images: {resized} of other sizes were cropped to their central square and resized to {size}×{size}.")
     return f"{root.resolve().name} (folder)", *splits

@@ -15,7 +15,8 @@ PATHS = str, bytes, os.PathLike
 
 # What was done to an image that its owner should know of. Each reads after "3 images with".
 ON_WHITE = "transparent pixels, put on white"
-ONE_FRAME = "several frames or pages, of which one is taken, the first of a file"
+FIRST_FRAME = "several frames or pages, of which the first is taken"
+CURRENT_FRAME = "several frames or pages, of which the current one is taken"
 NO_PROFILE = "a colour profile that cannot be read or does not fit, taken as sRGB"
 NO_EXIF = "EXIF data that cannot be read, taken as upright"
 PLAIN_CMYK = "CMYK colours without a profile, converted approximately"
@@ -110,25 +111,25 @@ def _convert(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     if (tags := getattr(image, "tag_v2", None)) is not None:
         _check_tiff(tags, name)
     if _is_animated(image) and image.format not in SEVERAL_BY_NATURE:
-        notes.append(ONE_FRAME)
+        notes.append(CURRENT_FRAME if image.tell() else FIRST_FRAME)
     if not min(image.size):
         raise _Refused(f"it has {image.width}×{image.height} pixels", "remove it")
     tiles = getattr(image, "tile", None)
     if tiles and image.format == "TIFF":  # Pillow 13 maps a named file into memory at the size that it has upright
-        image.filename = ""
-    image.load()
+        path, image.filename = image.filename, ""
+        image.load()
+        image.filename = path
+    else:
+        image.load()
     if image.mode == "RGB" and not image.info and image.format == "PNG":
         return _bare(image), notes  # most of a data set: nothing to convert
 
     stored = str(tiles[0][-1]) if tiles else ""  # Pillow's name of the pixels in the file
-    turn, profile = None, image.info.get("icc_profile")
     try:
-        exif = image.getexif()
-        turn = TURNS.get(exif.get(ORIENTATION))
-        if not profile and exif and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":
-            profile = adobe_rgb()  # as cameras mark it (DCF 2.0), without a profile
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # of broken EXIF data Pillow may raise anything
-        notes.append(NO_EXIF)
+        turn = notes.append(NO_EXIF)
+    profile = image.info.get("icc_profile") or (adobe_rgb() if _is_marked_adobe_rgb(image) else None)
     grey = image.mode in ("1", "L", "LA", "La") or "LA;16" in stored
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         image, grey = _eight_bits(image), True
@@ -161,6 +162,15 @@ def _check_tiff(tags, name: str) -> None:
         raise _Refused(f"its pixels are {NO_RANGE}", TO_EIGHT_BITS)
     if (compression, planar) == (1, 2) and max(bits) > 8:  # Pillow takes the bytes of each plane for pixels
         raise _Refused("its channels of 16 bits lie one after another", "save it interleaved or compressed")
+
+
+def _is_marked_adobe_rgb(image: Image.Image) -> bool:
+    """As cameras do without embedding a profile: interoperability index R03 (DCF 2.0)."""
+    try:
+        exif = image.getexif()
+        return bool(exif) and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+    except Exception:  # of broken EXIF data Pillow may raise anything
+        return False
 
 
 def _is_animated(image: Image.Image) -> bool:

@@ -369,12 +369,11 @@ def test_of_several_frames_the_first_is_taken_and_told(tmp_path, kind, capsys):
     options = {"lossless": True} if kind == "webp" else {}
     content = stored(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert opened(content, tmp_path, f"x.{kind}")[0, 0].tolist() == [255, 0, 0]
-    assert f"x.{kind}: several frames or pages, of which one is taken, the first of a file.\n" in (
-        capsys.readouterr().out
-    )
+    assert f"x.{kind}: several frames or pages, of which the first is taken.\n" in capsys.readouterr().out
     sought = Image.open(tmp_path / f"x.{kind}")
     sought.seek(1)
     assert open_image(sought).getpixel((0, 0)) == (0, 0, 255)
+    assert f"x.{kind}: several frames or pages, of which the current one is taken.\n" in capsys.readouterr().out
 
 
 def test_a_gif_of_one_frame_that_was_loaded_before(tmp_path, capsys):
