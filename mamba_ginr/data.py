@@ -1,10 +1,12 @@
 """Images: CIFAR-10, a folder of one's own, or photographs that need no network."""
 
 import http.client
+import os
 import pickle
 import socket
 import tarfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +17,16 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
+from mamba_ginr.images import image_name, read_image, readable_suffixes
+
 if not find_spec("skimage"):  # its photographs are asked for after the training, too
     raise ModuleNotFoundError("Not installed: scikit-image. Run: pip install scikit-image")
+
+THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of macOS archives, Synology and Windows
 
 
 @dataclass
@@ -66,28 +71,85 @@ def load_cifar10(root: Path) -> tuple[str, Tensor, Tensor]:
     return "CIFAR-10", *(rearrange(torch.from_numpy(s), "n h w c -> n c h w") for s in splits)
 
 
+def image_files(split: Path) -> tuple[list[str], dict[str, int]]:
+    """Paths of the images in split/<class>/ and in the folders below, sorted, and how many files of which kind are not.
+
+    Hidden files and folders are left out, and so are the thumbnails that systems put beside photographs. A link to a
+    folder that it lies in is not followed. FileNotFoundError if there is no folder; ValueError for a broken link.
+    """
+    readable, folders, left_out = readable_suffixes(), [], Counter()
+
+    def visit(folder: str, way: tuple[str, ...]) -> None:
+        names = []
+        for entry in os.scandir(folder):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            hidden = entry.name.startswith(".") or entry.name in THUMBNAILS
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                real = os.path.realpath(entry.path)
+                if hidden:
+                    left_out["hidden"] += 1
+                elif any(f"{passed}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}") for passed in way):
+                    left_out["links to a folder around them"] += 1
+                else:
+                    visit(entry.path, (*way, real))
+            elif hidden:
+                left_out["hidden"] += suffix in readable
+            elif suffix not in readable:
+                left_out[suffix or "without a suffix"] += 1
+            elif not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+                raise ValueError(f"{image_name(entry.path)} is a broken link or no file: mend or remove it.")
+            elif len(way) == 1:
+                left_out["outside the class folders"] += 1
+            else:
+                names.append(entry.name)
+        folders.append((folder, sorted(names)))
+
+    def class_of(folder: str) -> str:
+        return os.path.relpath(folder, split).split(os.sep)[0]
+
+    visit(str(split), (os.path.realpath(split),))
+    folders.sort(key=lambda found: (class_of(found[0]), found[0]))  # the order of torchvision's ImageFolder
+    classes, filled = ({class_of(f) for f, names in folders if names or not full} - {"."} for full in (False, True))
+    left_out["class folders without images"] = len(classes - filled)
+    return [os.path.join(folder, name) for folder, names in folders for name in names], dict(+left_out)
+
+
 def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
-    """Images of root/{train,test}/<class>/*; the folder's name is the data's. Other sizes are cropped and resized."""
-    splits, resized = [], 0
+    """Images of root/{train,test}/<class>/*; the folder's name is the data's. Other sizes are cropped and resized.
+
+    All are opened by ``images.open_image``. What was left out, put on white or guessed is printed, with how many.
+    """
+    root = Path(root).expanduser()
+    splits, resized, notes, first = [], 0, Counter(), {}
     for split in ("train", "test"):
-        try:
-            samples = torchvision.datasets.ImageFolder(root / split).samples
-        except FileNotFoundError as error:
+        paths, left_out = image_files(root / split) if (root / split).is_dir() else ([], {"no such folder": ""})
+        listed = ", ".join(f"{count} {kind}".strip() for kind, count in sorted(left_out.items()))
+        if not paths:
             raise FileNotFoundError(
-                f"DATASET = 'folder' reads DATA_DIR/train/<class>/* and DATA_DIR/test/<class>/*, "
-                f"but {root / split} holds no such images ({error}). Set DATA_DIR, or another DATASET."
-            ) from None
-        images = np.empty((len(samples), size, size, 3), np.uint8)
-        for i, (path, _) in enumerate(tqdm(samples, desc=f"reading {split}", leave=False)):
+                f"DATASET = 'folder' reads DATA_DIR/train/<class>/* and DATA_DIR/test/<class>/*, but {root / split} "
+                f"holds no such images ({listed or 'it is empty'}). Set DATA_DIR, or another DATASET."
+            )
+        if listed:
+            print(f"Images: left out of {image_name(root / split)}: {listed}.")
+        images = np.empty((len(paths), size, size, 3), np.uint8)
+        for i, path in enumerate(tqdm(paths, desc=f"reading {split}", leave=False)):
             try:
-                image = Image.open(path).convert("RGB")
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as an image ({error}): mend or remove it.") from error
+                image, done = read_image(path)
+            except OSError as error:
+                why = error.strerror or error
+                raise ValueError(
+                    f"{image_name(path)} cannot be read as an image ({why}): mend or remove it."
+                ) from error
+            for note in done:
+                notes[note] += 1
+                first.setdefault(note, image_name(path))
             if image.size != (size, size):
                 resized += 1
                 image = TF.resize(TF.center_crop(image, min(image.size)), size, antialias=True)
             images[i] = np.asarray(image)
         splits.append(rearrange(torch.from_numpy(images), "n h w c -> n c h w"))
+    for note, count in notes.items():
+        print(f"Images: {count} with {note} (for example {first[note]}).")
     if resized:
         print(f"Images: {resized} of other sizes were cropped to their central square and resized to {size}×{size}.")
     return f"{root.resolve().name} (folder)", *splits
@@ -133,13 +195,25 @@ def cifar10_within_reach(root: Path) -> bool:
 def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: int, seed: int, device) -> ImageData:
     """Load, hold ``held_out`` training images out, and move all to ``device``; max_* = 0 keeps all images.
 
+    "auto" takes the images of root/{train,test}/<class>/* if both are there, else CIFAR-10, else the photographs.
     Raises ValueError for an unknown dataset, or if too few images are left to train on.
     """
-    root, asked = Path(root), dataset
+    root, asked = Path(root).expanduser(), dataset
     if dataset != "photos" and root.exists() and not root.is_dir():
         raise NotADirectoryError(
             f"DATA_DIR = {str(root)!r} is a file: name the folder that holds the images, or is to."
         )
+    if dataset == "auto":
+        own = [split for split in ("train", "test") if (root / split).is_dir() and image_files(root / split)[0]]
+        if len(own) == 2:
+            dataset = "folder"
+            print(f"Images: DATASET = 'auto' takes train/ and test/ of {root}; set 'cifar10' or 'photos' for those.")
+        elif own:
+            other = {"train": "test", "test": "train"}[own[0]]
+            print(
+                f"WARNING: {root / own[0]} holds images, but {root / other} does not: DATASET = 'auto' takes none of "
+                f"them. DATASET = 'folder' reads {root}/train/<class>/* and {root}/test/<class>/*."
+            )
     if dataset == "auto":
         dataset = "cifar10" if cifar10_within_reach(root) else "photos"
         if dataset == "photos":

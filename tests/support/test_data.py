@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from image_files import png
 from PIL import Image
 from stand_ins import write_images
 
@@ -210,3 +211,129 @@ def test_a_file_in_place_of_the_data_folder_is_named(nb, dataset, tmp_path):
     (tmp_path / "data").write_text("a file")
     with pytest.raises(NotADirectoryError, match=r"DATA_DIR = '.*data' is a file: name the folder"):
         nb.load_data(dataset, str(tmp_path / "data"), 100, 0, 0, 0, "cpu")
+
+
+def test_own_images_of_every_kind_are_opened_the_same_way_and_told_once_a_kind(tmp_path, capsys):
+    write_images(tmp_path, {"train/a": 1, "test/a": 1})
+    wide = Image.new("RGB", (32, 32), (200, 0, 0))
+    wide.paste((0, 0, 200), (16, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: to turn by 90° clockwise
+    wide.save(tmp_path / "train/a/1.png", exif=exif)
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(tmp_path / "train/a/2.tif")
+    for i in (3, 4):
+        Image.new("RGBA", (32, 32), (10, 20, 30, 0)).save(tmp_path / f"train/a/{i}.png")
+    wide.save(tmp_path / "train/a/5.png", icc_profile=b"broken")
+    wide.save(tmp_path / "train/a/6.gif", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    train = loading.load_folder(tmp_path)[1]
+    assert train[1, :, 0, 0].tolist() == train[1, :, 0, 31].tolist() == [200, 0, 0]  # what was left is above
+    assert train[1, :, 31, 0].tolist() == [0, 0, 200]
+    assert (train[2] == 40_000 // 256).all()
+    assert (train[3:5] == 255).all()
+    told = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "train/a"
+    assert f"Images: 2 with transparent pixels, put on white (for example {folder / '3.png'})." in told
+    assert any(line.startswith("Images: 1 with a colour profile that cannot be read") for line in told)
+    assert any(line.startswith("Images: 1 with several frames or pages") for line in told)
+    assert len(told) == 3
+
+
+def test_files_that_are_left_out_are_told(tmp_path, capsys):
+    write_images(tmp_path, {"train/a": 2, "train/b": 1, "train": 2, "test/a": 1})
+    write_images(
+        tmp_path, {"train/.ipynb_checkpoints": 3, "train/a/.hidden": 3, "train/a/@eaDir/0.png": 1, "train/c": 0}
+    )
+    for name in ("a.heic", "B.HEIC", "notes.txt", "README", ".DS_Store", "._0.png"):
+        (tmp_path / "train/a" / name).write_bytes(b"none")
+    name, train, test = loading.load_folder(tmp_path)
+    assert (len(train), len(test)) == (3, 1)
+    told = "2 .heic, 1 .txt, 1 class folders without images, 4 hidden, 2 outside the class folders, 1 without a suffix"
+    assert capsys.readouterr().out == f"Images: left out of {tmp_path / 'train'}: {told}.\n"
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".gif", ".jp2", ".tga", ".qoi", ".JPG", ".jfif", ".pcx"])
+def test_whatever_pillow_reads_is_read(tmp_path, suffix):
+    write_images(tmp_path, {"train/a": 1, "test/a": 1})
+    try:
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"train/a/1{suffix}")
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"Pillow does not write {suffix} here")
+    assert (loading.load_folder(tmp_path)[1][1].float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 4
+
+
+def test_folders_come_in_the_order_of_torchvision(tmp_path):
+    write_images(
+        tmp_path, {"train/b": 2, "train/a-b": 2, "train/a/c/d": 12, "train/a/c-d": 2, "train/a": 1, "train/e/f": 1}
+    )
+    expected = [path for path, _ in loading.torchvision.datasets.ImageFolder(tmp_path / "train").samples]
+    assert loading.image_files(tmp_path / "train") == (expected, {})
+
+
+def test_links_are_followed_but_not_round_and_round(tmp_path, capsys):
+    write_images(tmp_path, {"elsewhere/c": 2, "train/a": 1, "train/b": 1, "test/a": 1})
+    (tmp_path / "train/c").symlink_to(tmp_path / "elsewhere/c")
+    (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/a/here").symlink_to(".")
+    (tmp_path / "train/b/a").symlink_to("../d")
+    (tmp_path / "train/d").mkdir()
+    (tmp_path / "train/d/b").symlink_to("../b")
+    paths, left_out = loading.image_files(tmp_path / "train")
+    names = sorted(str(path).removeprefix(f"{tmp_path}/train/") for path in paths)
+    assert names == ["a/0.png", "b/0.png", "c/0.png", "c/1.png", "d/b/0.png"]
+    assert left_out == {"links to a folder around them": 4}
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "1.png"])
+def test_a_broken_link_is_named(tmp_path, target):
+    write_images(tmp_path, {"train/a": 1, "test/a": 1})
+    (tmp_path / "train/a/1.png").symlink_to(target)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/train/a/1.png is a broken link or no file: mend or remove it"):
+        loading.load_folder(tmp_path)
+
+
+def test_images_beside_the_class_folders_are_told_where_there_are_no_others(tmp_path):
+    write_images(tmp_path, {"train": 3, "test/a": 1})
+    with pytest.raises(FileNotFoundError, match=r"train holds no such images \(3 outside the class folders\)"):
+        loading.load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "text", "empty", "float"])
+def test_every_image_that_cannot_be_read_is_named(tmp_path, kind):
+    write_images(tmp_path, {"train/a": 2, "test/a": 1})
+    bad = tmp_path / "train/a/1.png"
+    content = {
+        "bomb": png(20_000, 20_000, 8, 2, [b""]),
+        "text": png(1, 1, 8, 2, [bytes(3)], zTXt=b"k\0\0" + zlib.compress(bytes(2_000_000))),
+        "empty": b"",
+    }
+    if kind == "float":
+        Image.fromarray(np.zeros((32, 32), np.float32)).save(bad := tmp_path / "train/a/1.tif")
+    else:
+        bad.write_bytes(content[kind])
+    with pytest.raises(ValueError, match=rf"{bad} cannot be read as an image"):
+        loading.load_folder(tmp_path)
+
+
+def test_a_home_folder_is_found(nb, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_images(tmp_path / "mine", {"train/a": 3, "test/a": 1})
+    assert nb.load_data("folder", "~/mine", 1, 0, 0, 0, "cpu").name == "mine (folder)"
+    assert loading.load_folder("~/mine")[0] == "mine (folder)"
+
+
+def test_auto_takes_own_images_and_says_so(nb, fake_cifar10, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loading, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    write_images(tmp_path, {"train/a": 3, "test/a": 1, "cifar-10-batches-py": 0})
+    assert nb.load_data("auto", str(tmp_path), 1, 0, 0, 0, "cpu").name == f"{tmp_path.name} (folder)"
+    assert f"DATASET = 'auto' takes train/ and test/ of {tmp_path}" in capsys.readouterr().out
+    assert nb.load_data("cifar10", str(tmp_path), 1, 0, 0, 0, "cpu").name == "CIFAR-10"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_auto_says_that_half_of_ones_own_is_not_enough(nb, fake_cifar10, tmp_path, capsys, split):
+    write_images(tmp_path, {f"{split}/a": 3, "cifar-10-batches-py": 0})
+    assert nb.load_data("auto", str(tmp_path), 1, 0, 0, 0, "cpu").name == "CIFAR-10"
+    told = capsys.readouterr().out
+    assert told.startswith(f"WARNING: {tmp_path / split} holds images, but {tmp_path}")
+    assert "DATASET = 'auto' takes none of them" in told
