@@ -150,8 +150,14 @@ def check_model(config: dict) -> None:
         raise ValueError(f"decoder = {config['decoder']!r}: choose one of {', '.join(DECODERS)}")
 
 
-def check_images(images: Tensor, size: int) -> None:
-    """ValueError for images that are not (B, 3, size, size), or not float."""
+def check_images(images: Tensor, size: int, weights: torch.dtype = torch.float32) -> None:
+    """ValueError for images that are not (B, 3, size, size), or not float; TypeError for a model not in float32."""
+    if weights != torch.float32:
+        raise TypeError(
+            f"the model's weights are {weights}; they, the residual streams and the colours need float32. Take "
+            f"model.float(), or load it again, and for faster products model.precision = torch.bfloat16 or "
+            f"torch.float16"
+        )
     if tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
         got = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(f"images must be (B, 3, {size}, {size}), float in [0, 1], got {got}")

@@ -54,6 +54,28 @@ def test_a_model_on_a_cpu_with_the_newer_setting_of_tf32(nb, tiny):
         torch.backends.cuda.matmul.fp32_precision = "none"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_dtype_are_refused_and_other_inputs_are_taken(nb, tiny, dtype):
+    images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)
+    with torch.no_grad():
+        expected = tiny()(images.to(dtype).float(), coords.to(dtype).float())
+        assert torch.equal(tiny()(images.to(dtype), coords.to(dtype)), expected)
+        with pytest.raises(TypeError, match=rf"the model's weights are {dtype}; .*model.float\(\)"):
+            tiny().to(dtype)(images, coords)
+
+
+def test_a_model_made_under_another_default_dtype(nb, tiny):
+    images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = tiny()
+        with pytest.raises(TypeError, match=r"the model's weights are torch.float64"):
+            model(images, coords)
+        assert model.float()(images, coords).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_patch_size_that_does_not_fit(tiny):
     with pytest.raises(ValueError, match="patch_size 3 must divide image_size 8"):
         tiny(patch_size=3)
