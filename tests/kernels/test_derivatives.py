@@ -55,6 +55,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of PyTorch's own
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_torch_func_through_the_scan(transform):
     inputs = tuple(t.detach() for t in small_inputs(2))
@@ -127,6 +128,7 @@ def triton_layers() -> dict:
     }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch's own
 @needs_triton
 @pytest.mark.parametrize("layer", triton_layers())
 def test_what_triton_cannot_differentiate_is_refused_and_says_what_can(triton_backend, layer):
