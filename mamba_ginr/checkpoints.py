@@ -16,11 +16,11 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def save_atomically(path: Path, write) -> None:
+def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to another folder") -> None:
     """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole.
 
-    OSError names ``path`` and what the system refuses (no space, no permission, ...). Whatever stops it, an interrupt
-    as well, the unfinished file is removed and the old one stays.
+    OSError names ``path``, what the system refuses (no space, no permission, ...) and how to write ``elsewhere``.
+    Whatever stops it, an interrupt as well, the unfinished file is removed and the old one stays.
     """
     unfinished, recorder = path.with_name(f".{path.name}.unfinished"), None
     try:
@@ -41,7 +41,7 @@ def save_atomically(path: Path, write) -> None:
         cause = error if isinstance(error, OSError) else getattr(recorder, "error", None)
         if cause is None or not isinstance(error, Exception):
             raise
-        text = _cannot_write(path, cause)
+        text = _cannot_write(path, cause, elsewhere)
         raise (OSError(cause.errno, text) if cause.errno else OSError(text)) from error
 
 
@@ -62,12 +62,12 @@ class _Recorder:
         return getattr(self.file, name)
 
 
-def _cannot_write(path: Path, cause: OSError) -> str:
+def _cannot_write(path: Path, cause: OSError, elsewhere: str) -> str:
     old = "The one that was there is whole" if path.is_file() else "Nothing is there"
     what = "Free some space" if cause.errno in NO_SPACE else "Mend that"
     return (
-        f"{path} cannot be written: {cause.strerror or cause}. {old}, the unfinished file is removed. {what}, or set "
-        f"OUTPUT_DIR to another folder, and run again."
+        f"{path} cannot be written: {cause.strerror or cause}. {old}, the unfinished file is removed. {what}, or "
+        f"{elsewhere}, and run again."
     )
 
 

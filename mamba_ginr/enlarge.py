@@ -1,4 +1,14 @@
-"""Larger pictures: Pillow's interpolations, and images of any size, window by window."""
+"""Larger pictures: Pillow's interpolations, and images of any size, window by window.
+
+As a command, ``python -m mamba_ginr.enlarge IMAGE``: see ``enlarge_command``.
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    import sys
+
+    from mamba_ginr.enlarge_command import main
+
+    sys.exit(main())
 
 import math
 from itertools import product
@@ -24,6 +34,12 @@ def resize(images: Tensor, size: int, method: str) -> Tensor:
     return rearrange(torch.from_numpy(large).to(images.device), "n h w c -> n c h w") / 255
 
 
+def check_scale(image: Image.Image, scale: float) -> None:
+    """ValueError for a scale below 1 or of too large a result: all of it is held, as 12 bytes a pixel."""
+    if not (1 <= scale and scale * max(image.size) < 4096.5):  # false for NaN, too
+        raise ValueError(f"scale {scale} of {image.width}×{image.height} pixels: at least 1, and at most 4096 a side")
+
+
 @torch.no_grad()
 def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65_536) -> Image.Image:
     """Enlarge an image of any size ``scale`` times, to at most 4096×4096 pixels, window by window.
@@ -41,8 +57,7 @@ def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65
     image, size = open_image(image), model.image_size
     if size % 8:
         raise ValueError(f"windows overlap by eighths: image_size = {size} is no multiple of 8")
-    if not (1 <= scale and scale * max(image.size) < 4096.5):  # false for NaN, too
-        raise ValueError(f"scale {scale} of {image.width}×{image.height} pixels: at least 1, and at most 4096 a side")
+    check_scale(image, scale)
     device, scale, pixels = model.lp.tokens.device, float(scale), TF.to_tensor(image)
     shape = [round(scale * n) for n in pixels.shape[1:]]
     before = 3 * size // 8
