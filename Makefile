@@ -1,12 +1,13 @@
 # make run   set up .venv, execute the notebook, keep the executed copy in runs/
 # make test  set up .venv, run the tests        make lint   check style with ruff
+# make enlarge IMAGE=photo.jpg   write photo_x4.png beside it; SCALE=2, COMPARE=1 (bicubic beside it), FORCE=1 (replace)
 # make bench time the scan against others on this machine
 # make mamba-ssm compile the scan of that package, which none of the others needs
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench mamba-ssm clean
+.PHONY: run test lint enlarge image-named bench mamba-ssm clean
 
 run: .venv/ready
 	$(BIN)/python run_notebook.py
@@ -17,6 +18,13 @@ test: .venv/ready-dev
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Names come from the environment, where make puts them: blanks and quotes in them stay as they are.
+enlarge: image-named .venv/ready
+	@$(BIN)/python -m mamba_ginr.enlarge --scale "$${SCALE:-4}" $(if $(COMPARE),--compare) $(if $(FORCE),--force) -- "$$IMAGE"
+
+image-named:
+	@test -n "$$IMAGE" || { echo "Which image? make enlarge IMAGE=photo.jpg (SCALE=4 COMPARE=1 FORCE=1)"; exit 1; }
 
 bench: .venv/ready
 	$(BIN)/pip install --quiet --no-deps mambapy==1.2.0
