@@ -32,7 +32,7 @@ def execute(folder, **settings):
 
 def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
     process = execute(
-        copy, SMALL=1, DATASET="photos", EPOCHS=2, MAX_TRAIN_IMAGES=160, MAX_TEST_IMAGES=32, MAX_PHOTOGRAPHS=2
+        copy, SMALL=1, DATASET="photos", EPOCHS=2, MAX_TRAIN_IMAGES=40, MAX_TEST_IMAGES=32, MAX_PHOTOGRAPHS=2
     )
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
@@ -50,7 +50,7 @@ def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
 
     results = json.loads((copy / "runs/small/figures/results.json").read_text())
     assert results.keys() >= RESULTS
-    assert (results["dataset"], results["train_images"]) == ("scikit-image photographs", 160)
+    assert (results["dataset"], results["train_images"]) == ("scikit-image photographs", 40)
     assert (results["epochs"], results["steps"]) == (2, 10)
     assert results["psnr_worst"] < results["psnr_mean"] < 30
     assert results["others"]["patterns"]["images"] == 64
@@ -58,7 +58,7 @@ def test_the_whole_notebook_runs_headless_in_its_small_form(copy):
     assert "Selective scan: torch (the kernels of Triton and mamba-ssm need a GPU)" in process.stdout
     assert process.stdout.count("── Cell") == 13
     last = process.stdout.strip().split("\n")[-1]
-    assert last.startswith("scikit-image photographs: 0.4 M parameters, 2 epochs of 160 images: ")
+    assert last.startswith("scikit-image photographs: 0.6 M parameters, 2 epochs of 40 images: ")
     assert last.endswith(f"{results['psnr_mean']:.2f} dB mean PSNR on 32 test images. Figures: runs/small/figures")
 
 
