@@ -8,7 +8,6 @@ import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -22,9 +21,6 @@ from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from mamba_ginr.images import image_name, read_image, readable_suffixes
-
-if not find_spec("skimage"):  # its photographs are asked for after the training, too
-    raise ModuleNotFoundError("Not installed: scikit-image. Run: pip install scikit-image")
 
 THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of macOS archives, Synology and Windows
 

@@ -1,5 +1,6 @@
 """The cells run as a program, with settings from the environment."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import notebook_cells
 from stand_ins import write_images
 
 from mamba_ginr import checkpoints
@@ -81,3 +83,10 @@ def test_an_empty_folder_of_that_name_is_not_the_package(script, tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
     assert "Download the whole repository and open the notebook there" in process.stderr
+
+
+def test_a_package_that_is_missing_is_named_as_pip_knows_it(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find_spec(name))
+    with pytest.raises(ModuleNotFoundError, match=r"^Not installed: scikit-image\. Run: pip install scikit-image$"):
+        exec(notebook_cells("code")[0]["source"], {"__name__": "alone"})
