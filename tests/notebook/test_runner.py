@@ -104,7 +104,10 @@ def test_what_tells_a_run_to_end_lets_the_cell_save(begin, sockets, name, tmp_pa
     process.send_signal(number)
     status, out, err = end(process)
     assert status == 128 + number
-    assert (out, err.strip()) == ("saved\n", "KeyboardInterrupt:")
+    before, _, last = err.strip().rpartition("\n")
+    assert (out, last) == ("saved\n", "KeyboardInterrupt:")
+    # Now and then ipykernel 7 reports that it could not flush its streams while it was shut down.
+    assert before == "" or ("ipykernel/kernelbase.py" in before and "sys.stderr.flush()" in before)
     assert outputs(tmp_path / "elsewhere/runs/a.ipynb") == "running\nsaved\n"
     assert list(sockets.iterdir()) == []
 
