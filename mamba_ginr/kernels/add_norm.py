@@ -35,5 +35,5 @@ def add_norm(x: Tensor, branch: tuple[Tensor, Tensor] | None, norm: nn.LayerNorm
         # The kernel multiplies by a weight and adds a bias; a norm without is PyTorch's.
         if is_fused(x, dtype) and norm.weight is not None and norm.bias is not None:
             return implementation("add_norm", "triton")(x, branch, norm, dtype)
-        x = x if branch is None else x + sum(branch)
+        x = x if branch is None else x + (product + bias)
         return x, norm(x).to(dtype)

@@ -23,10 +23,13 @@ def decode(decoder: nn.Module, latents: Tensor, coords: Tensor) -> Tensor:
         query = decoder.to_query(features)
     x = x + _attend(decoder.attention, query, latents, decoder.bias(coords), of_modulation)
     for block in decoder.blocks:
-        x = x + sum(mlp(x, block.layers[0], block.layers[2], "relu"))
+        product, bias = mlp(x, block.layers[0], block.layers[2], "relu")
+        x = x + (product + bias)
+    to_rgb = decoder.to_rgb
     with torch.autocast(latents.device.type, enabled=False):
+        if not x.is_cuda:
+            return to_rgb(x)
         # Three sums, exact in float32 and compiled into one pass with what precedes; a product would be TF32's.
-        to_rgb = decoder.to_rgb
         return torch.stack([(x * row).sum(-1) for row in to_rgb.weight], dim=-1) + to_rgb.bias
 
 

@@ -24,7 +24,8 @@ def encode(encoder: nn.Module, tokens: Tensor, select: Callable[[Tensor], Tensor
     for block in encoder.blocks[:-1]:
         x, branch = _block(block, x, branch)
     x, branch = _block(encoder.blocks[-1], x, branch, select)
-    return encoder.norm(x + sum(branch))
+    product, bias = branch
+    return encoder.norm(x + (product + bias))
 
 
 def _block(block: nn.Module, x: Tensor, branch: Branch | None, select=None) -> tuple[Tensor, Branch]:

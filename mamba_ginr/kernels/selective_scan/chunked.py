@@ -7,7 +7,7 @@ from torch import Tensor
 from mamba_ginr.kernels.backends import refuse_second_derivatives, register
 from mamba_ginr.kernels.selective_scan.directions import one_direction_at_a_time
 
-CHUNK = 16  # steps; a chunk of states should fit into the processor's cache
+CHUNK = 32  # steps; a chunk of states should fit into the processor's cache
 
 
 @one_direction_at_a_time
@@ -42,34 +42,38 @@ def _product_of(device: torch.device):
     return lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)  # no TF32 here
 
 
-def _chunk_of_states(u, delta, B, A, h):
-    """Decays and states of a chunk, both (T, batch, channels, d_state)."""
-    decay = torch.exp(delta.unsqueeze(-1) * A)
-    states = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
-    for t in range(len(states)):
-        h = states[t].addcmul_(decay[t], h)
+def _chunk_of_states(u, delta, B, A, h, room):
+    """Decays and states of a chunk, both (T, batch, d_state, channels): channels last, along which vectors run.
+
+    They are written into ``room``, which stays in the processor's cache from chunk to chunk.
+    """
+    decay, states = room[:, : len(u)]
+    torch.mul(delta.unsqueeze(2), A, out=decay).exp_()
+    torch.mul((delta * u).unsqueeze(2), B.unsqueeze(-1), out=states)
+    for decay_t, state in zip(decay.unbind(), states.unbind()):
+        h = state.addcmul_(decay_t, h)
     return decay, states
 
 
 # From here on all sequences are contiguous, and time comes first: (length, batch, channels or d_state).
 def _forward(u, delta, B, C, A) -> tuple[Tensor, Tensor]:
-    """The output, and the states before each chunk: (length, batch, channels), (chunks, batch, channels, d_state)."""
+    """The output, and the states before each chunk: (length, batch, channels), (chunks, batch, d_state, channels)."""
     length, batch, channels = u.shape
-    y, starts = torch.empty_like(u), u.new_zeros(-(-length // CHUNK), batch, channels, A.shape[1])
-    product = _product_of(u.device)
+    y, starts = torch.empty_like(u), u.new_zeros(-(-length // CHUNK), batch, A.shape[1], channels)
+    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, CHUNK, *starts.shape[1:])
     with torch.autocast(u.device.type, enabled=False):
         for i in range(len(starts)):
             chunk = slice(i * CHUNK, (i + 1) * CHUNK)
-            _, states = _chunk_of_states(u[chunk], delta[chunk], B[chunk], A, starts[i])
+            _, states = _chunk_of_states(u[chunk], delta[chunk], B[chunk], A, starts[i], room)
             if i + 1 < len(starts):
                 starts[i + 1] = states[-1]
-            y[chunk] = product(states, C[chunk].unsqueeze(-1)).squeeze(-1)
+            y[chunk] = product(C[chunk].unsqueeze(2), states).squeeze(2)
     return y, starts
 
 
 def _backward(dy, u, delta, B, C, A, starts) -> tuple[Tensor, ...]:
     """Gradients of u, delta, B, C and A: a chunk's states are computed again and walked in reverse."""
-    product = _product_of(u.device)
+    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, CHUNK, *starts.shape[1:])
     # Made from dy, so that they have its further axes where vmap gives it some.
     dA, later = dy.new_zeros(A.shape), 0.0  # later: what later steps send back to the state
     du, ddelta, dB, dC = (dy.new_empty(t.shape) for t in (u, delta, B, C))
@@ -77,23 +81,24 @@ def _backward(dy, u, delta, B, C, A, starts) -> tuple[Tensor, ...]:
         for i in reversed(range(len(starts))):
             chunk = slice(i * CHUNK, (i + 1) * CHUNK)
             u_t, delta_t, B_t, C_t, dy_t = (t[chunk] for t in (u, delta, B, C, dy))
-            decay, states = _chunk_of_states(u_t, delta_t, B_t, A, starts[i])
-            dh = dy_t.unsqueeze(-1) * C_t.unsqueeze(2)
+            decay, states = _chunk_of_states(u_t, delta_t, B_t, A, starts[i], room)
+            dh = dy_t.unsqueeze(2) * C_t.unsqueeze(-1)
             dh[-1] += later
-            for t in range(len(dh) - 1, 0, -1):
-                dh[t - 1].addcmul_(decay[t], dh[t])
+            steps = dh.unbind()
+            for decay_t, dh_t, earlier in zip(decay.unbind()[:0:-1], steps[:0:-1], steps[-2::-1]):
+                earlier.addcmul_(decay_t, dh_t)
             later = decay[0] * dh[0]
 
-            dC[chunk] = product(dy_t.unsqueeze(2), states).squeeze(2)
-            dB[chunk] = product((delta_t * u_t).unsqueeze(2), dh).squeeze(2)
-            dinput = product(dh, B_t.unsqueeze(-1)).squeeze(-1)  # gradient of delta_t u_t
+            dC[chunk] = product(dy_t.unsqueeze(2), states.mT).squeeze(2)
+            dB[chunk] = product((delta_t * u_t).unsqueeze(2), dh.mT).squeeze(2)
+            dinput = product(B_t.unsqueeze(2), dh).squeeze(2)  # gradient of delta_t u_t
             dexponent = dh.mul_(decay)  # times h_{t-1}: gradient of delta_t A
             dexponent[0] *= starts[i]
             dexponent[1:] *= states[:-1]
             du[chunk] = dinput * delta_t
-            ddelta[chunk] = dinput * u_t + (dexponent * A).sum(-1)
-            dA += (dexponent * delta_t.unsqueeze(-1)).sum((0, 1))
-    return du, ddelta, dB, dC, dA
+            ddelta[chunk] = dinput * u_t + (dexponent * A).sum(2)
+            dA += (dexponent * delta_t.unsqueeze(2)).sum((0, 1))
+    return du, ddelta, dB, dC, dA.mT
 
 
 def _recurrence(decay, inputs) -> Tensor:
@@ -189,7 +194,7 @@ def _compiled_backward(
 
 @_compiled_scan.register_fake
 def _(u, delta, B, C, A):
-    return u.new_empty(u.shape), u.new_empty((u.shape[1] + CHUNK - 1) // CHUNK, len(u), *A.shape)
+    return u.new_empty(u.shape), u.new_empty((u.shape[1] + CHUNK - 1) // CHUNK, len(u), *A.mT.shape)
 
 
 @_compiled_backward.register_fake
