@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     sys.exit(main())
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from numbers import Real
 
 import numpy as np
@@ -45,11 +45,11 @@ def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65
     """Enlarge an image of any size ``scale`` times, to at most 4096×4096 pixels, window by window.
 
     ``image`` is an image of Pillow, a path or a binary file; it is read as ``images.open_image`` reads it. Windows of
-    the model's size S stand S/2 apart, each with a share of the result at most 3/4 · scale · S wide. Each counts fully
-    in its middle quarter and not at all in its outer eighths, where it does not see what lies beyond its border;
-    between them it fades as sin², so that windows always add up to one and no seam is left. ValueError for a scale
-    that is no finite number of at least 1, too large a result, an image that cannot be read, or a model whose S is no
-    multiple of 8.
+    the model's size S stand S/2 apart, and the last ends where the image ends. Neighbours fade into each other as sin²
+    over S/4, in the middle of what both see: they add up to one, no seam is left, and no window counts in its outer
+    eighth, where it does not see what lies beyond its border, but at the image's own. A side shorter than S is filled
+    up with its outermost pixels. ValueError for a scale that is no finite number of at least 1, too large a result, an
+    image that cannot be read, or a model whose S is no multiple of 8.
     """
     if isinstance(scale, bool) or not isinstance(scale, Real):
         hint = ": give scale.item()" if isinstance(scale, Tensor) else ""
@@ -60,31 +60,32 @@ def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65
     check_scale(image, scale)
     device, scale, pixels = model.lp.tokens.device, float(scale), TF.to_tensor(image)
     shape = [round(scale * n) for n in pixels.shape[1:]]
-    before = 3 * size // 8
-    ends = [-(-n // (size // 2)) * (size // 2) + 5 * size // 8 for n in pixels.shape[1:]]
-    padding = (before, ends[1] - pixels.shape[2], before, ends[0] - pixels.shape[1])
-    padded = F.pad(pixels[None], padding, mode="replicate")[0]
-    tiles = padded.unfold(1, size, size // 2).unfold(2, size, size // 2)  # (3, rows, columns, S, S)
+    (top, bottom), (left, right) = (((gap := max(0, size - n)) // 2, gap - gap // 2) for n in pixels.shape[1:])
+    padded = F.pad(pixels[None], (left, right, top, bottom), mode="replicate")[0]
 
-    def windows(length: int, count: int) -> list[tuple[int, slice, Tensor, Tensor]]:
-        """Along an axis, of each window that the result needs: its index, pixels, their places in [0, 1], weights."""
-        centres, found = (torch.arange(length) + 0.5) / scale + before, []
-        for i in range(count):
-            places = (centres - i * (size // 2)) / size
-            first, last = (torch.searchsorted(places, edge).item() for edge in (1 / 8, 7 / 8))
-            ramp = ((0.5 - (places[first:last] - 0.5).abs() - 1 / 8) * 4).clamp(0, 1)
-            if last > first:
-                weights = (ramp * math.pi / 2).sin().square().to(device)
-                found.append((i, slice(first, last), places[first:last], weights))
+    def windows(length: int, before: int, padded: int) -> list[tuple[int, slice, Tensor, Tensor]]:
+        """Along an axis: each window's first pixel, its share of the result, the places in it in [0, 1], weights."""
+        centres = (torch.arange(length) + 0.5) / scale + before
+        starts, found = [*range(0, padded - size, size // 2), padded - size], []
+        seams = [(a + b + size) / 2 for a, b in pairwise(starts)]
+        passed = [((centres - seam) / (size // 4) + 0.5).clamp(0, 1) for seam in seams]  # from 0 to 1 across a seam
+        passed = [torch.ones(length), *((x * math.pi / 2).sin().square() for x in passed), torch.zeros(length)]
+        for start, come, go in zip(starts, passed, passed[1:]):
+            weights = come - go  # of what has come to this window, what has not yet gone to the next
+            where = weights.nonzero()
+            if len(where):
+                part = slice(where.min().item(), where.max().item() + 1)
+                found.append((start, part, (centres[part] - start) / size, weights[part].to(device)))
         return found
 
-    needed = list(product(*(windows(n, count) for n, count in zip(shape, tiles.shape[1:3]))))
+    needed = list(product(*map(windows, shape, (top, left), padded.shape[1:])))
     result = torch.zeros(3, *shape, device=device)
     # 64 fill a GPU; 4 stay in a processor's cache, where 64 take 2.5 times as long each.
     batch = 64 if device.type == "cuda" else 4
     for start in tqdm(range(0, len(needed), batch), desc="windows", leave=False):
         part = needed[start : start + batch]
-        latents = model.encode(torch.stack([tiles[:, row[0], column[0]] for row, column in part]).to(device))
+        tiles = [padded[:, y : y + size, x : x + size] for (y, *_), (x, *_) in part]
+        latents = model.encode(torch.stack(tiles).to(device))
         for z, ((_, rows, y, weight_y), (_, columns, x, weight_x)) in zip(latents.split(1), part):
             rgb = model.decode(z, torch.cartesian_prod(y, x).to(device), chunk, 1 / (scale * size))
             rgb = rearrange(rgb, "1 (y x) c -> c y x", y=len(y))

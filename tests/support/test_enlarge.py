@@ -1,5 +1,6 @@
 """Enlarging an image of any size: no seams, and what it takes."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -85,48 +86,70 @@ def test_super_resolve_opens_images_as_all_the_rest_does(nb, tmp_path, capsys):
         enlarge.super_resolve(model, Image.new("RGB", (0, 4)), 2)
 
 
-@pytest.mark.parametrize(("size", "scale"), [((11, 19), 2.5), ((1, 40), 3), ((17, 1), 4), ((24, 9), 1.3)])
-def test_super_resolve_gives_what_whole_rows_of_windows_gave(tiny, size, scale):
+@pytest.mark.parametrize(("size", "scale"), [((11, 19), 2.5), ((1, 40), 3), ((17, 1), 4), ((24, 9), 1.3), ((8, 8), 4)])
+def test_super_resolve_gives_what_all_windows_give_pixel_by_pixel(tiny, size, scale):
     model = tiny()
     for weights in (model.head.to_rgb.weight, model.head.to_rgb.bias):  # an untrained head adds nothing
         torch.nn.init.normal_(weights, std=0.1)
     pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     result = torch.from_numpy(np.array(enlarge.super_resolve(model, TF.to_pil_image(pixels), scale)))
-    by_rows = whole_rows_of_windows(model, TF.to_tensor(TF.to_pil_image(pixels)), scale)
-    assert (255 * by_rows.clamp(0, 1) - result.permute(2, 0, 1)).abs().max() < 0.51
+    expected = all_windows(model, TF.to_tensor(TF.to_pil_image(pixels)), scale)
+    assert (255 * expected.clamp(0, 1) - result.permute(2, 0, 1)).abs().max() < 0.51
 
 
 @torch.no_grad()
-def whole_rows_of_windows(model, pixels, scale):
-    """As super_resolve was first written: each window of a row is encoded, whether or not the result needs it."""
-    size, shape = model.image_size, [round(scale * n) for n in pixels.shape[1:]]
-    before = 3 * size // 8
-    ends = [-(-n // (size // 2)) * (size // 2) + 5 * size // 8 for n in pixels.shape[1:]]
-    padding = (before, ends[1] - pixels.shape[2], before, ends[0] - pixels.shape[1])
+def all_windows(model, pixels, scale):
+    """Every window of 8 pixels decoded at every place in it, and weighed by what super_resolve says of seams."""
+    shape = [round(scale * n) for n in pixels.shape[1:]]
+    gaps = [max(0, 8 - n) for n in pixels.shape[1:]]
+    padding = (gaps[1] // 2, gaps[1] - gaps[1] // 2, gaps[0] // 2, gaps[0] - gaps[0] // 2)
     padded = torch.nn.functional.pad(pixels[None], padding, mode="replicate")[0]
-    tiles = padded.unfold(1, size, size // 2).unfold(2, size, size // 2)
-    result, total = torch.zeros(3, *shape), torch.zeros(shape)
-    for i in range(tiles.shape[1]):
-        for j, z in enumerate(model.encode(tiles[:, i].transpose(0, 1)).split(1)):
-            y, x = (((torch.arange(n) + 0.5) / scale + before - k * (size // 2)) / size for n, k in zip(shape, (i, j)))
-            inside = [(1 / 8 <= p) & (p < 7 / 8) for p in (y, x)]
-            if all(mask.any() for mask in inside):
-                weights = [(((0.375 - (p - 0.5).abs()) * 4).clamp(0, 1) * torch.pi / 2).sin() ** 2 for p in (y, x)]
-                coords = torch.cartesian_prod(y[inside[0]], x[inside[1]])
-                rgb = model.decode(z, coords, pixel_width=1 / (scale * size))[0].T
-                at = torch.meshgrid(*(mask.nonzero()[:, 0] for mask in inside), indexing="ij")
-                weight = weights[0][at[0]] * weights[1][at[1]]
-                result[:, at[0], at[1]] += rgb.view(3, *weight.shape) * weight
-                total[at] += weight
-    assert torch.allclose(total, torch.ones(shape), atol=1e-5)
+    starts = [sorted({*range(0, n - 8, 4), n - 8}) for n in padded.shape[1:]]
+
+    def weight(place, i, starts):
+        """A seam lies in the middle of what two windows share, and is two pixels wide."""
+        fade = lambda seam: math.sin(math.pi / 2 * min(1, max(0, (place - seam + 1) / 2))) ** 2  # noqa: E731
+        come = 1 if i == 0 else fade((starts[i - 1] + 8 + starts[i]) / 2)
+        stay = 1 if i == len(starts) - 1 else 1 - fade((starts[i] + 8 + starts[i + 1]) / 2)
+        return come * stay
+
+    places = [[(k + 0.5) / scale + gap // 2 for k in range(n)] for n, gap in zip(shape, gaps)]
+    weights = [[[weight(p, i, s) for p in of_axis] for i in range(len(s))] for of_axis, s in zip(places, starts)]
+    weights = [torch.tensor(w, dtype=torch.float32) for w in weights]  # (windows, places) of rows and of columns
+    for w, s, of_axis, n in zip(weights, starts, places, padded.shape[1:]):
+        assert torch.allclose(w.sum(0), torch.ones(w.shape[1]))
+        for i, start in enumerate(s):  # nothing from within a pixel of a window's border, but at the image's own
+            for k, p in enumerate(of_axis):
+                near = (p < start + 1 and start > 0) or (p > start + 7 and start < n - 8)
+                assert not near or w[i, k] == 0
+    result = torch.zeros(3, *shape)
+    for i, top in enumerate(starts[0]):
+        for j, left in enumerate(starts[1]):
+            z = model.encode(padded[None, :, top : top + 8, left : left + 8])
+            y, x = ((torch.tensor(p) - start) / 8 for p, start in zip(places, (top, left)))
+            rgb = model.decode(z, torch.cartesian_prod(y, x).clamp(0, 1), pixel_width=1 / (scale * 8))[0].T
+            result += rgb.view(3, *shape) * weights[0][i][:, None] * weights[1][j]
     return result
 
 
+def test_an_image_of_the_models_size_is_one_window(tiny):
+    """And so the model's own picture, to the grey level."""
+    model, pixels = tiny(), torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.head.to_rgb.weight, std=0.1)
+    image = TF.to_pil_image(pixels)
+    result = TF.to_tensor(enlarge.super_resolve(model, image, 3))
+    coords = (torch.arange(24) + 0.5) / 24
+    with torch.no_grad():
+        whole = model(TF.to_tensor(image)[None], torch.cartesian_prod(coords, coords), 1 / 24)[0].T.view(3, 24, 24)
+    assert (whole.clamp(0, 1) - result).abs().max() <= 0.501 / 255
+
+
 @pytest.mark.parametrize(
-    ("size", "windows"), [((1, 1000), 251), ((1000, 1), 251), ((2, 2), 1), ((4, 4), 4), ((8, 8), 9), ((40, 17), 55)]
+    ("size", "windows"),
+    [((1, 1000), 249), ((1000, 1), 249), ((2, 2), 1), ((8, 8), 1), ((9, 8), 2), ((12, 8), 2), ((40, 17), 36)],
 )
 def test_super_resolve_encodes_no_window_in_vain(nb, size, windows):
-    """Window k has 8 pixels, its middle at pixel 1 + 4k, and counts for the pixels from 4k − 2 to 4k + 4."""
+    """Windows of 8 pixels start at every fourth, and the last one where it ends with the image."""
 
     class Counting(Interpolation):
         encoded = decoded = 0
