@@ -187,6 +187,7 @@ def load_weights(path: Path | str, build, device: torch.device | str = "cpu") ->
         config, weights = checkpoint["config"], checkpoint["weights"]
         if config.get("decoder") == "residual":  # its name until it was LAINR's
             config = {**config, "decoder": "lainr"}
+        config = {"head_latents": True, **config}  # the head of weights from before there was a choice reads them
         old = "mixing_dim" in config
         if old:
             config = {name: value for name, value in config.items() if name != "mixing_dim"}

@@ -165,14 +165,16 @@ def load_photos(size: int = 32) -> tuple[str, Tensor, Tensor]:
     for photo in photographs():
         photo = photo.unsqueeze(0).float()
         border = photo.shape[3] * 3 // 4
-        # Training crops overlap by half; no pixel of a test crop lies in a training crop.
-        for crops, part, stride in [(splits[0], photo[..., :border], 16), (splits[1], photo[..., border:], 32)]:
+        # Training crops overlap, the smaller ones more, so that each size has about as many: else nearly all would be
+        # smooth. No pixel of a test crop lies in a training crop.
+        for train, part in [(True, photo[..., :border]), (False, photo[..., border:])]:
             for scale in (1, 2, 4):
                 small = F.avg_pool2d(part, scale).round().byte()
                 if min(small.shape[2:]) < size:
                     continue  # the smallest photograph's test quarter, at 1/4
+                stride = size // 2 // scale if train else size
                 tiles = small.unfold(2, size, stride).unfold(3, size, stride)
-                crops.append(rearrange(tiles, "1 c y x h w -> (y x) c h w"))
+                splits[not train].append(rearrange(tiles, "1 c y x h w -> (y x) c h w"))
     return "scikit-image photographs", *(torch.cat(crops) for crops in splits)
 
 

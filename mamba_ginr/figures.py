@@ -58,24 +58,25 @@ def draw_curves(history: list[dict], title: str) -> Figure:
 
 def draw_enlargements(
     inputs: Tensor,
-    ours: list[Tensor],
+    ours: list[tuple[str, Tensor]],
     truth: Tensor,
-    detail: Tensor,
+    detail: tuple[str, Tensor],
     zoom: tuple[float, int],
     title: str,
     psnr: Callable,
 ) -> Figure:
-    """A row of pictures for each input: the model's at several sizes, the truth, Lanczos, bicubic, and a detail.
+    """A row of pictures for each input: the models' at several sizes, the truth, Lanczos, bicubic, and a detail.
 
-    All are (n, 3, H, W) in [0, 1]. The PSNR stands under those of the truth's size. ``zoom``: the detail's upsampling
-    factor, and how many of the input's middle pixels a side it shows, around which a frame is drawn.
+    All are (n, 3, H, W) in [0, 1], those of a model with its name. The PSNR stands under those of the truth's size.
+    ``zoom``: the detail's upsampling factor, and how many of the input's middle pixels a side it shows, around which a
+    frame is drawn.
     """
     size, full = inputs.shape[-1], truth.shape[-1]
     columns = {f"input\n{size}×{size}": inputs}
-    columns |= {f"MAMBA-GINR\n{x.shape[-1]}×{x.shape[-1]}": x for x in ours}
+    columns |= {f"{name}\n{x.shape[-1]}×{x.shape[-1]}": x for name, x in ours}
     columns[f"truth\n{full}×{full}"] = truth
     columns |= {f"{method}\n{full}×{full}": resize(inputs, full, method) for method in ("Lanczos", "bicubic")}
-    columns[f"MAMBA-GINR, the\nframe ×{zoom[0]}"] = detail
+    columns[f"{detail[0]}, the\nframe ×{zoom[0]}"] = detail[1]
     count = len(truth)
     figure = Figure(figsize=(1.55 * len(columns), 1.7 * count + 0.75), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
@@ -94,20 +95,30 @@ def draw_enlargements(
     return figure
 
 
-def draw_errors(images: Tensor, reconstructions: Tensor, title: str, psnr: Callable) -> Figure:
-    """Originals, reconstructions, and the largest error of the three channels at each pixel, in grey levels."""
-    errors = 255 * (reconstructions - images).abs().amax(1)
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    grid = figure.subplots(3, len(images))
-    for column, (image, reconstruction, error) in zip(grid.T, zip(images, reconstructions, errors)):
-        for axes, picture in zip(column, (image, reconstruction.clamp(0, 1))):
-            axes.imshow(rearrange(picture, "c h w -> h w c").numpy(), interpolation="nearest")
-        drawn = column[2].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(), interpolation="nearest")
-        column[2].set_xlabel(f"{psnr(reconstruction[None], image[None]).item():.1f} dB", fontsize=9)
-    for axes, label in zip(grid[:, 0], ("original", "reconstruction", "error")):
-        axes.set_ylabel(label)
+def draw_errors(images: Tensor, reconstructions: dict[str, Tensor], title: str, psnr: Callable) -> Figure:
+    """Originals, and below them each model's reconstructions with its largest error of the three channels at a pixel.
+
+    ``reconstructions`` are those of one model or of several, by the name that is written beside them.
+    """
+    errors = {name: 255 * (x - images).abs().amax(1) for name, x in reconstructions.items()}
+    most, rows = max(error.max().item() for error in errors.values()), 1 + 2 * len(reconstructions)
+    figure = Figure(figsize=(11, 0.4 + 1.33 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(images))
+    _draw_row(grid[0], images, "original")
+    for i, (name, reconstruction) in enumerate(reconstructions.items(), start=1):
+        _draw_row(grid[2 * i - 1], reconstruction.clamp(0, 1), name)
+        for axes, error, value in zip(grid[2 * i], errors[name], psnr(reconstruction, images)):
+            drawn = axes.imshow(error.numpy(), cmap="magma", vmin=0, vmax=most, interpolation="nearest")
+            axes.set_xlabel(f"{value.item():.1f} dB", fontsize=9)
+        grid[2 * i][0].set_ylabel("error")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=grid[2, :].tolist(), label="grey levels of 255")
+    figure.colorbar(drawn, ax=grid[2::2].flatten().tolist(), label="grey levels of 255")
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _draw_row(row, images: Tensor, label: str) -> None:
+    for axes, image in zip(row, images):
+        axes.imshow(rearrange(image, "c h w -> h w c").numpy(), interpolation="nearest")
+    row[0].set_ylabel(label.replace(" ", "\n"))

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
@@ -96,8 +97,11 @@ def test_the_latents_pixels_lie_where_their_patch_does(nb):
         assert features[row, :, column].flatten().tolist() == latents[0, patch].tolist()
 
 
-def test_without_an_lp_token_to_a_patch_the_head_reads_the_pixels_alone(nb, tiny):
-    model, images, coords = trained(tiny(num_lp=8)), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
+@pytest.mark.parametrize("change", [{"num_lp": 8}, {"head_latents": False}])
+def test_without_an_lp_token_to_a_patch_or_where_it_is_told_the_head_reads_the_pixels_alone(nb, tiny, change):
+    model, images, coords = trained(tiny(**change)), torch.rand(1, 3, 8, 8), torch.rand(4, 2)
     assert model.head.of_latents is None
     with torch.no_grad():
         assert (model(images, coords, 1 / 32) - model(images, coords, 1 / 16)).abs().max() > 1e-3
+    finer = [model.decode_finer(latents, images, coords[None], 1 / 32) for latents in (None, model.encode(images))]
+    assert torch.equal(*finer)

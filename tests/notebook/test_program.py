@@ -43,8 +43,12 @@ def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script,
 
 
 @pytest.mark.parametrize("decoder", ["lainr", "hybrid"])
-def test_results_name_their_data_and_decoder(run_script, decoder, tmp_path):
+def test_results_name_their_data_and_decoder(nb, tiny, run_script, decoder, tmp_path):
+    """And the committed weights, where they are, stand beside those of a small run."""
     write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
+    committed = tiny(image_size=32, patch_size=8)
+    if decoder == "lainr":
+        checkpoints.save_model(tmp_path / "checkpoints/mamba_ginr_best.pth", committed, {}, {"epoch": 7})
     small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
     small |= {"DECODER": decoder, "SR_FRACTION": 0.25, "HARD_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1, "HEAD_BLOCKS": 1}
     process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
@@ -61,6 +65,16 @@ def test_results_name_their_data_and_decoder(run_script, decoder, tmp_path):
     assert set(results["enlargement"]) == {"my photos (folder) ×2", *(f"photographs ×{k}" for k in (2, 4, 8))}
     assert results["dataset"] == "my photos (folder)"
     assert results["train_images"] == 16
+    assert ("committed_weights" in results) == (decoder == "lainr")
+    if decoder == "lainr":
+        beside = results["committed_weights"]
+        test = nb.load_data("folder", str(tmp_path / "my photos"), 4, 0, 0, 0, "cpu").test
+        assert beside["psnr_mean"] == pytest.approx(nb.evaluate(committed, test, 8)["psnr_mean"], abs=1e-3)
+        assert beside["enlargement"].keys() == results["enlargement"].keys()
+        assert beside["enlargement"]["photographs ×2"]["bicubic"] == results["enlargement"]["photographs ×2"]["bicubic"]
+        assert beside["psnr_mean"] != results["psnr_mean"]
+        assert f"test images       8 {beside['psnr_mean']:.2f} dB" in process.stdout
+        assert process.stdout.count("  committed weights  ") == len(results["enlargement"])
     last = process.stdout.strip().split("\n")[-1]
     assert re.match(r"my photos \(folder\): 0\.\d M parameters, 2 epochs of 16 images", last), last
 

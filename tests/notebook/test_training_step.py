@@ -105,10 +105,11 @@ def test_a_captured_step_trains_as_an_eager_one(nb, tiny, precision, decoder):
     assert torch.allclose(*losses, atol=0, rtol=2e-3 if precision == torch.float16 else 1e-4)
 
 
-def test_finer_pixels_train_the_head_alone(nb, tiny, batch_of):
+@pytest.mark.parametrize("head_latents", [True, False])
+def test_finer_pixels_train_the_head_alone(nb, tiny, batch_of, head_latents):
     images, gradients = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), []
     for mosaics in (0, 4):
-        batch, model = batch_of(images, mosaics), tiny()
+        batch, model = batch_of(images, mosaics), tiny(head_latents=head_latents)
         batch = batch._replace(images=images[:4])
         step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1e9, False)
         mse, finer = step(batch, 0.0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from mamba_ginr.report import print_anywhere
+from mamba_ginr.report import ENLARGEMENT_HEADER, enlargement_lines, print_anywhere
 from run_notebook import import_script
 
 
@@ -27,6 +27,17 @@ def test_what_a_terminal_lacks_is_a_question_mark(monkeypatch, encoding, errors,
     print_anywhere()
     print("2×2 − 1 …", end="", flush=True)
     assert raw.getvalue() == printed
+
+
+def test_the_table_has_a_line_for_each_model():
+    one = {"nearest": 20.0, "bicubic": 25.5, "lanczos": 26.0, "model": 27.25, "consistency": 70.0}
+    of_one = enlargement_lines("photographs ×2", 1000, {"MAMBA-GINR": one})
+    assert of_one.split() == ["photographs", "×2", "(1,000)", "20.00", "25.50", "26.00", "27.25", "+1.75", "70.00"]
+    of_two = enlargement_lines("photographs ×2", 1000, {"small run": {**one, "model": 25.0}, "committed weights": one})
+    lines = of_two.split("\n")
+    assert [line.split()[-3:] for line in lines[1:]] == [["25.00", "-0.50", "70.00"], ["27.25", "+1.75", "70.00"]]
+    assert lines[0] == of_one[: len(lines[0])]
+    assert {len(line) for line in (of_one, *lines[1:])} == {len(ENLARGEMENT_HEADER)}
 
 
 def test_streams_that_have_no_encoding_are_left_alone(monkeypatch):
