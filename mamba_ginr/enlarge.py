@@ -63,19 +63,19 @@ def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65
     (top, bottom), (left, right) = (((gap := max(0, size - n)) // 2, gap - gap // 2) for n in pixels.shape[1:])
     padded = F.pad(pixels[None], (left, right, top, bottom), mode="replicate")[0]
 
-    def windows(length: int, before: int, padded: int) -> list[tuple[int, slice, Tensor, Tensor]]:
+    def windows(length: int, before: int, total: int) -> list[tuple[int, slice, Tensor, Tensor]]:
         """Along an axis: each window's first pixel, its share of the result, the places in it in [0, 1], weights."""
         centres = (torch.arange(length) + 0.5) / scale + before
-        starts, found = [*range(0, padded - size, size // 2), padded - size], []
+        starts, found = [*range(0, total - size, size // 2), total - size], []
         seams = [(a + b + size) / 2 for a, b in pairwise(starts)]
         passed = [((centres - seam) / (size // 4) + 0.5).clamp(0, 1) for seam in seams]  # from 0 to 1 across a seam
         passed = [torch.ones(length), *((x * math.pi / 2).sin().square() for x in passed), torch.zeros(length)]
-        for start, come, go in zip(starts, passed, passed[1:]):
+        for first, come, go in zip(starts, passed, passed[1:]):
             weights = come - go  # of what has come to this window, what has not yet gone to the next
             where = weights.nonzero()
             if len(where):
                 part = slice(where.min().item(), where.max().item() + 1)
-                found.append((start, part, (centres[part] - start) / size, weights[part].to(device)))
+                found.append((first, part, (centres[part] - first) / size, weights[part].to(device)))
         return found
 
     needed = list(product(*map(windows, shape, (top, left), padded.shape[1:])))
@@ -84,7 +84,7 @@ def super_resolve(model: nn.Module, image: Source, scale: float, chunk: int = 65
     batch = 64 if device.type == "cuda" else 4
     for start in tqdm(range(0, len(needed), batch), desc="windows", leave=False):
         part = needed[start : start + batch]
-        tiles = [padded[:, y : y + size, x : x + size] for (y, *_), (x, *_) in part]
+        tiles = [padded[:, top : top + size, left : left + size] for (top, *_), (left, *_) in part]
         latents = model.encode(torch.stack(tiles).to(device))
         for z, ((_, rows, y, weight_y), (_, columns, x, weight_x)) in zip(latents.split(1), part):
             rgb = model.decode(z, torch.cartesian_prod(y, x).to(device), chunk, 1 / (scale * size))

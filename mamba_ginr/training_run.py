@@ -82,7 +82,8 @@ class Run:
 
     def resume(self) -> None:
         state = read_checkpoint(self.state_path, "training state")
-        theirs, mine = state["identity"], self.identity
+        # States from before there was a choice are of runs whose head read the latents.
+        theirs, mine = {"HEAD_LATENTS": True, **state["identity"]}, {"HEAD_LATENTS": True, **self.identity}
         differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if differing:
             changes = "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in differing)

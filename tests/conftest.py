@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tiny_runs import SETTINGS
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU, slowly, as tests need them
 

@@ -29,7 +29,7 @@ def decode(decoder: nn.Module, latents: Tensor, coords: Tensor) -> Tensor:
     with torch.autocast(latents.device.type, enabled=False):
         if not x.is_cuda:
             return to_rgb(x)
-        # Three sums, exact in float32 and compiled into one pass with what precedes; a product would be TF32's.
+        # Three sums, exact in float32 and compiled into one pass with what precedes; a GPU's product would be TF32's.
         return torch.stack([(x * row).sum(-1) for row in to_rgb.weight], dim=-1) + to_rgb.bias
 
 

@@ -85,6 +85,30 @@ def test_gradients_of_each_sample_by_vmap():
     assert largest_error(list(together.values()), [torch.stack(g) for g in zip(*one_by_one)]) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap has no rule of its own for addcmul_
+def test_vmap_over_a_first_backward_pass():
+    """Under no_grad, where the backward in chunks is what vmap maps over."""
+    inputs = tuple(t.detach() for t in small_inputs(1, length=40))
+    us = seeded(3, *inputs[0].shape)
+    with torch.no_grad():
+        mapped, single = (
+            m(lambda u: torch.func.vjp(lambda u: scan(u, *inputs[1:]), u)[1](torch.ones_like(u))[0])(us)
+            for m in (torch.vmap, lambda f: lambda us: torch.stack([f(u) for u in us]))
+        )
+    assert largest_error(mapped, single) < 1e-12
+
+
+@pytest.mark.parametrize(("batch", "d_state"), [(2, 4), (3, 16)])
+def test_lengths_around_a_chunk_in_float64(batch, d_state):
+    for length in (1, 15, 16, 17, 31, 32, 33, 64, 70):
+        inputs = make_inputs(length, OPTIONS["all"], torch.float64, batch, 5, d_state)
+        pairs = []
+        for function in (scan, truth):
+            y = function(*inputs.values())
+            pairs.append((y.detach(), *torch.autograd.grad(y.sin().sum(), list(inputs.values()))))
+        assert largest_error(*pairs) < 1e-9
+
+
 def test_vmap_over_each_input_alone_and_over_all():
     inputs = [torch.stack([t.detach(), 1.1 * t.detach()]) for t in small_inputs(1)]
     for mapped in (*range(len(inputs)), None):

@@ -169,9 +169,13 @@ def test_the_compiler_takes_the_scan_in_one_piece(directions, dynamic):
 
 
 def test_the_compilers_operator_is_well_formed():
-    operator = import_module("mamba_ginr.kernels.selective_scan.chunked")._compiled_scan
+    chunked = import_module("mamba_ginr.kernels.selective_scan.chunked")
+    operator = chunked._compiled_scan
     u, delta, A, B, C, *_ = make_inputs(18, (), torch.float32).values()
     torch.library.opcheck(operator, (u, delta, B, C, A))
+    y, starts = (t.detach() for t in operator(u, delta, B, C, A))
+    inputs = (y, *(t.detach() for t in (u, delta, B, C, A)), starts)
+    torch.library.opcheck(chunked._compiled_backward, inputs, test_utils=("test_schema", "test_faketensor"))
     gradients = torch.autograd.grad(operator(u, delta, B, C, A)[0].square().sum(), u, create_graph=True)
     with pytest.raises(
         RuntimeError, match=r"the compiled selective_scan has first derivatives .* uncompiled, has them"

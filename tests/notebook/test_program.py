@@ -46,9 +46,10 @@ def test_without_training_the_pretrained_weights_are_shown(nb, tiny, run_script,
 def test_results_name_their_data_and_decoder(nb, tiny, run_script, decoder, tmp_path):
     """And the committed weights, where they are, stand beside those of a small run."""
     write_images(tmp_path / "my photos", {"train/a": 20, "test/a": 8})
-    committed = tiny(image_size=32, patch_size=8)
-    if decoder == "lainr":
-        checkpoints.save_model(tmp_path / "checkpoints/mamba_ginr_best.pth", committed, {}, {"epoch": 7})
+    committed, path = tiny(image_size=32, patch_size=8), tmp_path / "checkpoints/mamba_ginr_best.pth"
+    checkpoints.save_model(path, committed, {}, {"epoch": 7})
+    if decoder == "hybrid":  # here they do not fit, and the run ends as without
+        path.write_bytes(path.read_bytes()[:1000])
     small = {"DIM": 8, "DEPTH": 1, "DECODER_DIM": 16, "BATCH_SIZE": 4, "EPOCHS": 2, "HELD_OUT": 4, "D_STATE": 2}
     small |= {"DECODER": decoder, "SR_FRACTION": 0.25, "HARD_FRACTION": 0.25, "MAX_PHOTOGRAPHS": 1, "HEAD_BLOCKS": 1}
     process = run_script(SMALL=1, DATASET="folder", DATA_DIR="my photos", **small)
@@ -66,6 +67,7 @@ def test_results_name_their_data_and_decoder(nb, tiny, run_script, decoder, tmp_
     assert results["dataset"] == "my photos (folder)"
     assert results["train_images"] == 16
     assert ("committed_weights" in results) == (decoder == "lainr")
+    assert ("Only the small run is shown: " in process.stdout) == (decoder == "hybrid")
     if decoder == "lainr":
         beside = results["committed_weights"]
         test = nb.load_data("folder", str(tmp_path / "my photos"), 4, 0, 0, 0, "cpu").test

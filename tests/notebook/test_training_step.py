@@ -110,9 +110,12 @@ def test_finer_pixels_train_the_head_alone(nb, tiny, batch_of, head_latents):
     images, gradients = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), []
     for mosaics in (0, 4):
         batch, model = batch_of(images, mosaics), tiny(head_latents=head_latents)
-        batch = batch._replace(images=images[:4])
+        batch, encoded = batch._replace(images=images[:4]), []
+        encode = model.encode
+        model.encode = lambda images: encoded.append(len(images)) or encode(images)  # noqa: B023
         step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1.0, 0.99, 0.1, 0.1), 1e9, False)
         mse, finer = step(batch, 0.0)
+        assert encoded == ([4, 4] if mosaics and head_latents else [4])
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         assert (0 < mse != finer > 0) if mosaics else finer == 0
     without, with_mosaics = gradients

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 import zlib
+from math import prod
 
 import numpy as np
 import pytest
@@ -58,7 +59,14 @@ def test_photographs_give_training_and_test_crops_apart(nb):
     name, train, test = loading.load_photos()
     assert "scikit-image" in name
     assert (train.dtype, train.shape[1:], test.shape[1:]) == (torch.uint8, (3, 32, 32), (3, 32, 32))
-    assert len(train) > 8000
+    # As many of each size, within a factor of three: from the widest photograph's left part, 32 pixels every 16, 8, 4.
+    counts = [0, 0, 0]
+    for photo in loading.photographs():
+        height, width = photo.shape[1], photo.shape[2] * 3 // 4
+        for i, scale in enumerate((1, 2, 4)):
+            counts[i] += prod((n // scale - 32) // (16 // scale) + 1 for n in (height, width))
+    assert len(train) == sum(counts)
+    assert max(counts) < 3 * min(counts)
     assert len(test) > 200
     # Unflat crops at full size would be found again if a pixel of the test quarter were in a training crop.
     textured = [t for t in test if t.float().std() > 20]

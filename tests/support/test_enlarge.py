@@ -86,7 +86,10 @@ def test_super_resolve_opens_images_as_all_the_rest_does(nb, tmp_path, capsys):
         enlarge.super_resolve(model, Image.new("RGB", (0, 4)), 2)
 
 
-@pytest.mark.parametrize(("size", "scale"), [((11, 19), 2.5), ((1, 40), 3), ((17, 1), 4), ((24, 9), 1.3), ((8, 8), 4)])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [((11, 19), 2.5), ((1, 40), 3), ((17, 1), 4), ((24, 9), 1.3), ((8, 8), 4), ((9, 9), 1.5), ((11, 10), 1)],
+)
 def test_super_resolve_gives_what_all_windows_give_pixel_by_pixel(tiny, size, scale):
     model = tiny()
     for weights in (model.head.to_rgb.weight, model.head.to_rgb.bias):  # an untrained head adds nothing

@@ -194,3 +194,10 @@ def test_a_state_that_another_run_writes_is_refused(start, tmp_path):
             start(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert start(tmp_path).epoch == SETTINGS["EPOCHS"]
+
+
+def test_states_from_before_the_head_could_do_without_latents_are_of_a_head_that_reads_them(start, tmp_path):
+    start(tmp_path, identity={"DIM": 16}, EPOCHS=2)
+    assert start(tmp_path, identity={"DIM": 16, "HEAD_LATENTS": True}, EPOCHS=2).epoch == 2
+    with pytest.raises(checkpoints.CheckpointError, match="HEAD_LATENTS is True there and False here"):
+        start(tmp_path, identity={"DIM": 16, "HEAD_LATENTS": False}, EPOCHS=2)

@@ -7,7 +7,10 @@ from torch import Tensor
 from mamba_ginr.kernels.backends import refuse_second_derivatives, register
 from mamba_ginr.kernels.selective_scan.directions import one_direction_at_a_time
 
-CHUNK = 32  # steps; a chunk of states should fit into the processor's cache
+
+def chunk_length(batch: int, channels: int, d_state: int) -> int:
+    """Steps of a chunk: its states should fit into the processor's cache."""
+    return 32 if batch * channels * d_state <= 32_768 else 16
 
 
 @one_direction_at_a_time
@@ -45,25 +48,28 @@ def _product_of(device: torch.device):
 def _chunk_of_states(u, delta, B, A, h, room):
     """Decays and states of a chunk, both (T, batch, d_state, channels): channels last, along which vectors run.
 
-    They are written into ``room``, which stays in the processor's cache from chunk to chunk.
+    A is (d_state, channels). The two are written into ``room``, which stays in the processor's cache from chunk to
+    chunk: in place, as ``out=`` has no rule under vmap.
     """
     decay, states = room[:, : len(u)]
-    torch.mul(delta.unsqueeze(2), A, out=decay).exp_()
-    torch.mul((delta * u).unsqueeze(2), B.unsqueeze(-1), out=states)
+    decay.copy_(A).mul_(delta.unsqueeze(2)).exp_()
+    states.copy_(B.unsqueeze(-1)).mul_((delta * u).unsqueeze(2))
     for decay_t, state in zip(decay.unbind(), states.unbind()):
         h = state.addcmul_(decay_t, h)
     return decay, states
 
 
-# From here on all sequences are contiguous, and time comes first: (length, batch, channels or d_state).
+# From here on all sequences are contiguous, and time comes first: (length, batch, channels or d_state). A is
+# (channels, d_state), and its transpose in the loops over chunks.
 def _forward(u, delta, B, C, A) -> tuple[Tensor, Tensor]:
     """The output, and the states before each chunk: (length, batch, channels), (chunks, batch, d_state, channels)."""
     length, batch, channels = u.shape
-    y, starts = torch.empty_like(u), u.new_zeros(-(-length // CHUNK), batch, A.shape[1], channels)
-    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, CHUNK, *starts.shape[1:])
+    steps = chunk_length(batch, *A.shape)
+    y, starts = torch.empty_like(u), u.new_zeros(-(-length // steps), batch, A.shape[1], channels)
+    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, steps, *starts.shape[1:])
     with torch.autocast(u.device.type, enabled=False):
         for i in range(len(starts)):
-            chunk = slice(i * CHUNK, (i + 1) * CHUNK)
+            chunk = slice(i * steps, (i + 1) * steps)
             _, states = _chunk_of_states(u[chunk], delta[chunk], B[chunk], A, starts[i], room)
             if i + 1 < len(starts):
                 starts[i + 1] = states[-1]
@@ -73,19 +79,20 @@ def _forward(u, delta, B, C, A) -> tuple[Tensor, Tensor]:
 
 def _backward(dy, u, delta, B, C, A, starts) -> tuple[Tensor, ...]:
     """Gradients of u, delta, B, C and A: a chunk's states are computed again and walked in reverse."""
-    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, CHUNK, *starts.shape[1:])
+    steps = chunk_length(u.shape[1], *A.shape)
+    product, A, room = _product_of(u.device), A.mT.contiguous(), starts.new_empty(2, steps, *starts.shape[1:])
     # Made from dy, so that they have its further axes where vmap gives it some.
     dA, later = dy.new_zeros(A.shape), 0.0  # later: what later steps send back to the state
     du, ddelta, dB, dC = (dy.new_empty(t.shape) for t in (u, delta, B, C))
     with torch.autocast(u.device.type, enabled=False):
         for i in reversed(range(len(starts))):
-            chunk = slice(i * CHUNK, (i + 1) * CHUNK)
+            chunk = slice(i * steps, (i + 1) * steps)
             u_t, delta_t, B_t, C_t, dy_t = (t[chunk] for t in (u, delta, B, C, dy))
             decay, states = _chunk_of_states(u_t, delta_t, B_t, A, starts[i], room)
             dh = dy_t.unsqueeze(2) * C_t.unsqueeze(-1)
             dh[-1] += later
-            steps = dh.unbind()
-            for decay_t, dh_t, earlier in zip(decay.unbind()[:0:-1], steps[:0:-1], steps[-2::-1]):
+            each = dh.unbind()
+            for decay_t, dh_t, earlier in zip(decay.unbind()[:0:-1], each[:0:-1], each[-2::-1]):
                 earlier.addcmul_(decay_t, dh_t)
             later = decay[0] * dh[0]
 
@@ -98,7 +105,7 @@ def _backward(dy, u, delta, B, C, A, starts) -> tuple[Tensor, ...]:
             du[chunk] = dinput * delta_t
             ddelta[chunk] = dinput * u_t + (dexponent * A).sum(2)
             dA += (dexponent * delta_t.unsqueeze(2)).sum((0, 1))
-    return du, ddelta, dB, dC, dA.mT
+    return du, ddelta, dB, dC, dA.mT.contiguous()
 
 
 def _recurrence(decay, inputs) -> Tensor:
@@ -130,7 +137,7 @@ def _differentiable_backward(dy, u, delta, B, C, A) -> tuple[Tensor, ...]:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """y_t = C_t h_t of the recurrence, in chunks of CHUNK steps, and the states before each chunk.
+    """y_t = C_t h_t of the recurrence, in chunks of ``chunk_length`` steps, and the states before each chunk.
 
     Within a chunk only h ← decay h + input is a loop over time; all else is done for the whole chunk at once. Kept for
     the backward pass are the states before each chunk. Second derivatives, forward mode and vmap are right, too.
@@ -194,7 +201,9 @@ def _compiled_backward(
 
 @_compiled_scan.register_fake
 def _(u, delta, B, C, A):
-    return u.new_empty(u.shape), u.new_empty((u.shape[1] + CHUNK - 1) // CHUNK, len(u), *A.mT.shape)
+    (batch, length, channels), d_state = u.shape, A.shape[1]
+    steps = chunk_length(batch, channels, d_state)
+    return u.new_empty(u.shape), u.new_empty((length + steps - 1) // steps, batch, d_state, channels)
 
 
 @_compiled_backward.register_fake

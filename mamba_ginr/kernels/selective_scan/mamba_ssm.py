@@ -32,7 +32,7 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tens
 
 def _try_mamba_ssm(device: torch.device) -> str:
     if importlib.util.find_spec("mamba_ssm") is None:
-        return f"mamba-ssm is not installed; with nvcc at hand: {INSTALL}"
+        return f"mamba-ssm is not installed, as nothing needs it; where nvcc is: make mamba-ssm, or {INSTALL}"
     try:
         scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     except ModuleNotFoundError as error:
