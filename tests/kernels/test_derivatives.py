@@ -100,7 +100,7 @@ def test_vmap_over_a_first_backward_pass():
 
 @pytest.mark.parametrize(("batch", "d_state"), [(2, 4), (3, 16)])
 def test_lengths_around_a_chunk_in_float64(batch, d_state):
-    for length in (1, 15, 16, 17, 31, 32, 33, 64, 70):
+    for length in (1, 16, 17, 32, 33, 70):
         inputs = make_inputs(length, OPTIONS["all"], torch.float64, batch, 5, d_state)
         pairs = []
         for function in (scan, truth):
