@@ -15,6 +15,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+EARLIER = {"head_latents": True}  # what files from before there was such a choice were made with
+
 
 def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to another folder") -> None:
     """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole.
@@ -187,7 +189,7 @@ def load_weights(path: Path | str, build, device: torch.device | str = "cpu") ->
         config, weights = checkpoint["config"], checkpoint["weights"]
         if config.get("decoder") == "residual":  # its name until it was LAINR's
             config = {**config, "decoder": "lainr"}
-        config = {"head_latents": True, **config}  # the head of weights from before there was a choice reads them
+        config = {**EARLIER, **config}
         old = "mixing_dim" in config
         if old:
             config = {name: value for name, value in config.items() if name != "mixing_dim"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mamba_ginr.checkpoints import CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
+from mamba_ginr.checkpoints import EARLIER, CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
 
 
 class ResumableStep:
@@ -82,8 +82,8 @@ class Run:
 
     def resume(self) -> None:
         state = read_checkpoint(self.state_path, "training state")
-        # States from before there was a choice are of runs whose head read the latents.
-        theirs, mine = {"HEAD_LATENTS": True, **state["identity"]}, {"HEAD_LATENTS": True, **self.identity}
+        earlier = {name.upper(): value for name, value in EARLIER.items()}
+        theirs, mine = {**earlier, **state["identity"]}, {**earlier, **self.identity}
         differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if differing:
             changes = "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in differing)
