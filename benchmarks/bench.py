@@ -31,6 +31,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mamba_ginr.cuda_graph import GraphedStep  # noqa: E402
 from mamba_ginr.kernels import BACKENDS, backend_fault, selective_scan, use_backend  # noqa: E402
 from mamba_ginr.report import print_anywhere  # noqa: E402
 
@@ -186,7 +187,7 @@ def step_row(precision: str, compiled: bool, batch: int, mosaics: int) -> dict:
     sampler, step = nb.set_up(model, images, SimpleNamespace(**{**nb.settings, **changes}))
     steps = itertools.count()
     start = time.perf_counter()
-    for _ in range(step.WARM_UP + 1):
+    for _ in range(GraphedStep.WARM_UP + 1):
         step(sampler(0, next(steps)), 1e-4).sum().item()
     start_up = time.perf_counter() - start
     ms = median_ms(lambda: step(sampler(0, next(steps) % 64), 1e-4))
@@ -207,7 +208,7 @@ def throughput_row(precision: str, batch: int, size: int) -> dict:
 
 
 class Attention(nn.Module):
-    """Self-attention where the notebook's blocks have BiMamba: (B, L, dim) → (B, L, dim), and its bias."""
+    """Self-attention where the notebook's blocks have BiMamba: (B, L, dim) → (B, L, dim)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -216,14 +217,15 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return F.linear(y, self.out.weight), self.out.bias
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def growth_row(kind: str, length: int, batch: int, dim: int, depth: int) -> dict:
     """An encoder alone on random tokens, forward and backward: float16 autocast on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
-    encoder = notebook().MambaEncoder(dim, depth)
+    nb = notebook()
+    encoder = nb.MambaEncoder(dim, depth)
+    encode = encoder if kind == "attention" else lambda tokens: nb.fast_encoder(encoder, tokens, lambda x: x)
     if kind == "attention":
         for block in encoder.blocks:
             block.mixer = Attention(dim, dim // 32)
@@ -232,7 +234,7 @@ def growth_row(kind: str, length: int, batch: int, dim: int, depth: int) -> dict
 
     def forward():
         with torch.autocast(DEVICE, torch.float16, enabled=ON_GPU):
-            return encoder(tokens)
+            return encode(tokens)
 
     return measure(forward, (tokens, *encoder.parameters()))
 
