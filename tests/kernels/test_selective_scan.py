@@ -70,6 +70,45 @@ def test_triton_backend_at_odd_sizes(length, channels, d_state, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("length", "programs", "least", "options", "directions", "parts"),
+    [(3 * 16, 100, 1, "all", 2, 3), (3 * 16 + 5, 4, 2, "all", 2, 2), (2 * 16 + 1, 100, 1, "plain", 1, 3)],
+)
+def test_a_sequence_cut_into_parts_gives_what_it_gives_whole(
+    monkeypatch, length, programs, least, options, directions, parts
+):
+    operators = import_module("mamba_ginr.kernels.selective_scan.triton_ops")
+    monkeypatch.setattr(operators, "PROGRAMS", programs)
+    monkeypatch.setattr(operators, "PART_CHUNKS", least)
+    inputs = make_inputs(length, OPTIONS[options], torch.float32, 1, directions=directions, device=DEVICE)
+    B = inputs["B"] if directions == 2 else inputs["B"].unsqueeze(2)
+    assert operators._parts(inputs["u"], inputs["A"], B)[0] == parts
+    check_against_reference(inputs, "softplus" in OPTIONS[options], "triton")
+    how = {"delta_softplus": True, "bidirectional": directions == 2, "backend": "triton"}
+    with torch.no_grad():  # keeps no states
+        alone = selective_scan(**inputs, **how)
+    assert torch.equal(alone, selective_scan(**inputs, **how))
+
+
+@needs_triton
+def test_many_or_short_sequences_stay_whole():
+    operators = import_module("mamba_ginr.kernels.selective_scan.triton_ops")
+
+    def parts(batch, length):
+        u, B = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 2, 16, device="meta")
+        return operators._parts(u, torch.empty(1024, 16, device="meta"), B)
+
+    assert [parts(40, 512), parts(24, 512), parts(1, 1024)] == [
+        (1, 32),
+        (1, 32),
+        (1, 64),
+    ]  # a training step's, a short one
+    assert parts(1, 131_072) == (32, 256)  # an image of 512 × 512 pixels
+    assert parts(8, 32_768) == (4, 512)
+    assert parts(1, 16 * 129) == (2, 65)  # 65 and 64 chunks
+
+
+@needs_triton
 def test_triton_softplus_keeps_its_digits_where_it_is_small():
     raw = torch.linspace(-20, 30, 1001, device=DEVICE).view(1, 1, -1)
     one, A = torch.ones_like(raw), -torch.ones(raw.shape[2], 1, device=raw.device)

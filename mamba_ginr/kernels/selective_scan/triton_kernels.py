@@ -8,6 +8,9 @@ a chunk then lies in registers, and only the state itself goes to memory between
 The forward pass keeps the states after every chunk, if there will be a backward pass. That starts from them: it walks
 through a chunk once more, its states and decays now in registers, and back.
 
+Where the images are few and long, a sequence is cut into parts of ``per_part`` chunks, each with programs of its own.
+What a part begins with is found first: by ``forward_kernel`` with ENDS and the kernels of ``triton_parts``.
+
 A warp waits longer for memory than it computes, and a load does not pass a store: what comes next, state or chunk,
 is asked for before the present one is worked on.
 
@@ -77,6 +80,16 @@ def _places(chunk, length, direction, in_half, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _part_of(chunks, per_part, PARTS: tl.constexpr):
+    """The program's part of the sequence, its first chunk and that after its last; without PARTS all of it."""
+    if PARTS:
+        part = tl.program_id(2)
+        return part, part * per_part, tl.minimum((part + 1) * per_part, chunks)
+    else:
+        return 0, 0, chunks
+
+
+@triton.jit
 def _read_tile(rows, row_time, chunk, length, direction, in_half, MASKED: tl.constexpr, CHUNK: tl.constexpr):
     """The program's channels at the steps of a chunk, as they are stored (CHUNK, COLUMNS); nothing of use before
     the first chunk and after the last."""
@@ -99,7 +112,7 @@ def _read_inputs(
 
 @triton.jit
 def _read_state(A, before, pairs, n, chunk, d_state, channels, in_half, CHUNK: tl.constexpr):
-    """Of a state: A, the state before the chunk, B and C within; 0 if there is no such state."""
+    """Of a state: A, the state before the chunk (chunk 0: zero), B and C within; 0 if there is no such state."""
     there = in_half & (n < d_state)
     A_n = tl.load(A + n * channels, mask=there, other=0.0)
     h = tl.load(before + n * channels, mask=there & (chunk > 0), other=0.0)
@@ -160,54 +173,68 @@ def unpack_kernel(
     tl.store(dBC + (which * DIRECTIONS + direction) * d_state + n, total.to(dBC.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "per_part"])
 def forward_kernel(
     u, delta, A, pairs, D, z, delta_bias, out, states, states_batch, slot, length, half, d_state,
-    u_batch, u_time, delta_batch, delta_time, z_batch, z_time,
+    u_batch, u_time, delta_batch, delta_time, z_batch, z_time, per_part, states_part,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, ENDS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """The output and the states after the chunks. With ENDS of each part, as if it were the first, the state after it
+    alone, and in place of the output the sum of its step sizes times log2 e (batch, parts, channels)."""
     direction, _block, d, in_half, skip, bias = _owned(half, D, delta_bias, HAS_D, HAS_BIAS, MASKED, COLUMNS)
     batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
     channels, chunks = DIRECTIONS * half, tl.cdiv(length, CHUNK)
     row = d[None, :]
     u, delta = u + batch * u_batch + row, delta + batch * delta_batch + row
-    out += batch * length * channels + row
+    part, first, last = _part_of(chunks, per_part, PARTS)
+    begin = first if ENDS else 0  # the chunk before which all states are zero
     if HAS_Z:
         z += batch * z_batch + row
     A += d
     states += batch * states_batch + d
+    if PARTS:
+        states += part * states_part
     pairs += (batch * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
+    total = tl.zeros([COLUMNS], tl.float32)
 
-    u_next = _read_tile(u, u_time, 0, length, direction, in_half, MASKED, CHUNK)
-    delta_next = _read_tile(delta, delta_time, 0, length, direction, in_half, MASKED, CHUNK)
-    for chunk in range(chunks):
+    u_next = _read_tile(u, u_time, first, length, direction, in_half, MASKED, CHUNK)
+    delta_next = _read_tile(delta, delta_time, first, length, direction, in_half, MASKED, CHUNK)
+    for chunk in range(first, last):
         place, there = _places(chunk, length, direction, in_half, CHUNK)
         us, raws, deltas, writes = rows_of(u_next), rows_of(delta_next), (), ()
         for i in tl.static_range(CHUNK):
             delta_i, write_i = _step(us[i], raws[i], bias, chunk * CHUNK + i < length, SOFTPLUS, MASKED)
             deltas, writes = deltas + (delta_i,), writes + (write_i,)
+        if ENDS:
+            total += sum_of(deltas)
         ys = zeros_like(deltas)
+        kept = in_half
+        if PARTS and not ENDS:  # the next part begins with what was put there before
+            kept = in_half & ((chunk + 1 < last) | (last == chunks))
 
         before, now = states + (chunk - 1) * slot, pairs + chunk * d_state * (2 * CHUNK)
         queue = ()  # what the next states need, read ahead
         for k in tl.static_range(AHEAD):
-            queue = queue + (_read_state(A, before, now, k, chunk, d_state, channels, in_half, CHUNK),)
+            queue = queue + (_read_state(A, before, now, k, chunk - begin, d_state, channels, in_half, CHUNK),)
         for n in range(0, d_state, AHEAD):
             ahead = ()
             for k in tl.static_range(AHEAD):
                 n_next = n + AHEAD + k
-                ahead = ahead + (_read_state(A, before, now, n_next, chunk, d_state, channels, in_half, CHUNK),)
+                of_next = _read_state(A, before, now, n_next, chunk - begin, d_state, channels, in_half, CHUNK)
+                ahead = ahead + (of_next,)
             for k in tl.static_range(AHEAD):
                 A_n, h, pair = queue[k]
                 Bs, Cs = _spread(pair, COLUMNS, CHUNK)
                 sums = ()
                 for i in tl.static_range(CHUNK):
                     h = tl.fma(tl.exp2(tl.fma(deltas[i], A_n, EXP2_SHORT)), h, writes[i] * Bs[i])
-                    sums = sums + (ys[i] + h * Cs[i],)
-                ys = sums
-                tl.store(states + chunk * slot + (n + k) * channels, h, mask=in_half & (n + k < d_state))
+                    if not ENDS:
+                        sums = sums + (ys[i] + h * Cs[i],)
+                if not ENDS:
+                    ys = sums
+                tl.store(states + chunk * slot + (n + k) * channels, h, mask=kept & (n + k < d_state))
             queue = ahead
 
         # What the states have in common; u is read once more rather than kept.
@@ -215,26 +242,29 @@ def forward_kernel(
         z_tile = _read_tile(z, z_time, chunk, length, direction, in_half, MASKED, CHUNK) if HAS_Z else u_tile
         u_next = _read_tile(u, u_time, chunk + 1, length, direction, in_half, MASKED, CHUNK)
         delta_next = _read_tile(delta, delta_time, chunk + 1, length, direction, in_half, MASKED, CHUNK)
-        us, zs, outs = rows_of(u_tile), rows_of(z_tile), ()
-        for i in tl.static_range(CHUNK):
-            y = ys[i]
-            if HAS_D:
-                y += skip * us[i].to(tl.float32)
-            if HAS_Z:
-                z_i = zs[i].to(tl.float32)
-                y *= z_i * sigmoid(z_i)
-            outs = outs + (y.to(out.dtype.element_ty),)
-        tl.store(out + place * channels, tile_of(outs), mask=there)
+        if not ENDS:
+            us, zs, outs = rows_of(u_tile), rows_of(z_tile), ()
+            for i in tl.static_range(CHUNK):
+                y = ys[i]
+                if HAS_D:
+                    y += skip * us[i].to(tl.float32)
+                if HAS_Z:
+                    z_i = zs[i].to(tl.float32)
+                    y *= z_i * sigmoid(z_i)
+                outs = outs + (y.to(out.dtype.element_ty),)
+            tl.store(out + batch * length * channels + row + place * channels, tile_of(outs), mask=there)
+    if ENDS:
+        tl.store(out + (batch * tl.num_programs(2) + part) * channels + d, total, mask=in_half)
 
 
-@triton.jit(do_not_specialize=["length", "batches"])
+@triton.jit(do_not_specialize=["length", "batches", "per_part"])
 def backward_kernel(
     dout, u, delta, A, pairs, D, z, delta_bias, states, scratch, du, ddelta, dz, dA, dpairs, dvectors,
     batches, dout_batch, dout_time, dz_batch, dz_time, length, half, d_state,
-    u_batch, u_time, delta_batch, delta_time, z_batch, z_time,
+    u_batch, u_time, delta_batch, delta_time, z_batch, z_time, per_part,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     direction, block, d, in_half, skip, bias = _owned(half, D, delta_bias, HAS_D, HAS_BIAS, MASKED, COLUMNS)
     batch, lane = tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
@@ -246,8 +276,12 @@ def backward_kernel(
         z, dz = z + batch * z_batch + row, dz + batch * dz_batch + row
     A += d
     slot = d_state * channels
+    part, first, last = _part_of(chunks, per_part, PARTS)
     states += batch * chunks * slot + row
-    copy, carried, dA = scratch + batch * slot, scratch + (batches + batch) * slot + d, dA + batch * slot + d
+    piece, pieces = batch, batches
+    if PARTS:
+        piece, pieces = batch * tl.num_programs(2) + part, batches * tl.num_programs(2)
+    copy, carried, dA = scratch + piece * slot, scratch + (pieces + piece) * slot + d, dA + piece * slot + d
     pairs += (batch * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
     dpairs += ((block * batches + batch) * DIRECTIONS + direction) * chunks * d_state * (2 * CHUNK) + lane
     n_tile = tl.arange(0, BLOCK_N)[:, None]
@@ -255,13 +289,13 @@ def backward_kernel(
 
     dD_d, dD_lost, dbias_d, dbias_lost = zero, zero, zero, zero
     u_next, delta_next, z_next, dout_next = _read_inputs(
-        u, delta, z, dout, chunks - 1, length, direction, in_half, u_time, delta_time, z_time, dout_time,
+        u, delta, z, dout, last - 1, length, direction, in_half, u_time, delta_time, z_time, dout_time,
         HAS_Z, MASKED, CHUNK,
     )  # fmt: skip
-    mask = state_there & (chunks > 1)
-    before_next = tl.load(states + (chunks - 2) * slot + n_tile * channels, mask=mask, other=0.0)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
+    mask = state_there & (last > 1)
+    before_next = tl.load(states + (last - 2) * slot + n_tile * channels, mask=mask, other=0.0)
+    for back in range(last - first):
+        chunk = last - 1 - back
         place, there = _places(chunk, length, direction, in_half, CHUNK)
         # The states before the chunk come from far away: all at once, to where they are near.
         tl.store(copy + n_tile * channels + row, before_next, mask=state_there)
@@ -280,15 +314,18 @@ def backward_kernel(
         tl.debug_barrier()  # what other threads have put there is read now
 
         later, now = in_half & (back > 0), pairs + chunk * d_state * (2 * CHUNK)
+        carries = later
+        if PARTS:
+            carries = in_half & ((back > 0) | (last < chunks))  # from a later part, too
         A_next, pair_next, h_next = read(A, 0, in_half, MASKED), tl.load(now), tl.load(copy + d, mask=in_half)
-        dh_next, dA_next = tl.load(carried, mask=later, other=0.0), tl.load(dA, mask=later, other=0.0)
+        dh_next, dA_next = tl.load(carried, mask=carries, other=0.0), tl.load(dA, mask=later, other=0.0)
         for n in range(d_state):
             A_n, pair, h, dh, dA_n = A_next, pair_next, h_next, dh_next, dA_next
             # The next state's, read ahead.
             n_next = tl.minimum(n + 1, d_state - 1)
             A_next, pair_next = read(A, n_next * channels, in_half, MASKED), tl.load(now + n_next * (2 * CHUNK))
             h_next = tl.load(copy + n_next * channels + d, mask=in_half)
-            dh_next = tl.load(carried + n_next * channels, mask=later, other=0.0)
+            dh_next = tl.load(carried + n_next * channels, mask=carries, other=0.0)
             dA_next = tl.load(dA + n_next * channels, mask=later, other=0.0)
             Bs, Cs = _spread(pair, COLUMNS, CHUNK)
 
@@ -355,7 +392,7 @@ def backward_kernel(
         tl.store(du + place * channels, tile_of(dus), mask=there)
         tl.debug_barrier()
 
-    # Sums over this image's time, of D and of delta_bias: (batch, 2, channels).
-    dvectors += batch * 2 * channels + d
+    # Sums over this part of the image's time, of D and of delta_bias: (batch, parts, 2, channels).
+    dvectors += piece * 2 * channels + d
     tl.store(dvectors, dD_d, mask=in_half)
     tl.store(dvectors + channels, dbias_d, mask=in_half)

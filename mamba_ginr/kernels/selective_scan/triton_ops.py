@@ -11,6 +11,7 @@ from mamba_ginr.kernels.selective_scan.triton_kernels import (
     pack_kernel,
     unpack_kernel,
 )
+from mamba_ginr.kernels.selective_scan.triton_parts import carries_kernel, join_kernel
 from mamba_ginr.kernels.triton_tiles import (
     by_images,
     contiguous_rows,
@@ -24,6 +25,9 @@ from mamba_ginr.kernels.triton_tiles import (
 
 # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
+# Where fewer programs than PROGRAMS would run, sequences are cut into parts of at least PART_CHUNKS chunks: a GPU with
+# a few of its schedulers busy takes many times as long, and to find what a part begins with half a pass more.
+PROGRAMS, PART_CHUNKS = 1024, 64
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
 
@@ -61,21 +65,35 @@ def _chunks(u: Tensor) -> int:
     return triton.cdiv(u.shape[1], SIZES["CHUNK"])
 
 
-def _launch(kernel, before, inputs, after, strides, softplus, **flags):
-    """Run a kernel with one warp for every image, direction and block of channels."""
-    u, delta, A, B, C, D, z, delta_bias = inputs
-    (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
-    half, walked = channels // directions, (u, delta, u if z is None else z)
-    chunks, chunk, block_n = _chunks(u), SIZES["CHUNK"], triton.next_power_of_2(d_state)
+def _parts(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, int]:
+    """Into how many parts the sequences are cut, and of how many chunks each is but the last."""
+    chunks, programs = _chunks(u), max(1, len(u) * _blocks(A, B) * B.shape[2])
+    parts = max(1, min(PROGRAMS // programs, chunks // PART_CHUNKS))
+    per_part = max(1, triton.cdiv(chunks, parts))
+    return triton.cdiv(chunks, per_part), per_part
+
+
+def _packed(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """A as (d_state, channels), so that neighbouring channels lie side by side; and B and C by chunks."""
+    (batch, length, directions, d_state), chunk = B.shape, SIZES["CHUNK"]
+    chunks = triton.cdiv(length, chunk)
     pairs = A.new_empty(batch, directions, chunks, d_state, 2 * chunk)
     pack_kernel[chunks, directions, batch](
         B, C, pairs, length, chunks, d_state, *(s for t in (B, C) for s in t.stride()[:3]),
-        BLOCK_N=block_n, CHUNK=chunk, num_warps=1,
+        BLOCK_N=triton.next_power_of_2(d_state), CHUNK=chunk, num_warps=1,
     )  # fmt: skip
-    strides = [*strides, length, half, d_state, *(stride for t in walked for stride in t.stride()[:2])]
-    # A as (d_state, channels): neighbouring channels lie side by side.
-    kernel[_blocks(A, B) * directions, batch](
-        *before, u, delta, A.t().contiguous(), pairs, D, z, delta_bias, *after, *strides,
+    return A.t().contiguous(), pairs
+
+
+def _launch(kernel, before, inputs, packed, after, strides, softplus, parts, of_parts, **flags):
+    """Run a kernel with one warp for every image, direction, block of channels and part of the sequence."""
+    u, delta, A, B, _, D, z, delta_bias = inputs
+    (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
+    half, walked = channels // directions, (u, delta, u if z is None else z)
+    chunk, block_n = SIZES["CHUNK"], triton.next_power_of_2(d_state)
+    strides = [*strides, length, half, d_state, *(stride for t in walked for stride in t.stride()[:2]), *of_parts]
+    kernel[_blocks(A, B) * directions, batch, parts](
+        *before, u, delta, *packed, D, z, delta_bias, *after, *strides,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=softplus,
         MASKED=half % SIZES["COLUMNS"] + length % chunk != 0, DIRECTIONS=directions, BLOCK_N=block_n,
         num_warps=1, **SIZES, **flags,
@@ -89,14 +107,38 @@ def kept_states(u: Tensor, A: Tensor, keep: bool) -> Tensor:
 
 def scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """The output, and the states that ``scan_backward`` wants if ``keep``."""
-    u, _, A, *_ = inputs
+    u, _, A, B, C, *_ = inputs
     out, states = torch.empty_like(u, memory_format=torch.contiguous_format), kept_states(u, A, keep)
     if u.numel():
-        # Otherwise every chunk writes its states over those of the chunk before.
-        room = states if keep else A.new_empty(u.shape[0], 1, A.shape[1], u.shape[2])
+        (parts, per_part), packed = _parts(u, A, B), _packed(A, B, C)
+        # Without keep every chunk of a part writes its states over those of the chunk before.
+        room = states if keep else A.new_empty(u.shape[0], parts, A.shape[1], u.shape[2])
         strides = (room.stride(0), room.stride(1) if keep else 0)
-        _launch(forward_kernel, (), inputs, (out, room), strides, softplus, **FORWARD)
+        of_parts, cut = (per_part, 0 if keep else room.stride(1)), {"PARTS": parts > 1, **FORWARD}
+        if parts > 1:
+            ends, totals = _room_for_parts(u, A, parts)
+            after, alone = (totals, ends), (per_part, ends.stride(1))
+            of_ends = (ends.stride(0), 0)
+            _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, ENDS=True, **cut)
+            begin = room[:, per_part - 1 :] if keep else room[:, 1:]  # the state before the second part
+            _join(ends, totals, packed[0], begin, per_part if keep else 1, backward=False)
+        _launch(forward_kernel, (), inputs, packed, (out, room), strides, softplus, parts, of_parts, ENDS=False, **cut)
     return out, states
+
+
+def _room_for_parts(u: Tensor, A: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """For a state and a sum of step sizes of each part: (batch, parts, d_state, channels), (batch, parts, channels)."""
+    batch, _, channels = u.shape
+    return A.new_empty(batch, parts, A.shape[1], channels), A.new_empty(batch, parts, channels)
+
+
+def _join(values: Tensor, totals: Tensor, A: Tensor, to: Tensor, places: int, backward: bool) -> None:
+    """What each part begins with, of what each gives alone; ``places`` of ``to`` lie between two parts'."""
+    batch, parts, d_state, channels = values.shape
+    join_kernel[triton.cdiv(channels, SIZES["COLUMNS"]), d_state, batch](
+        values, totals, A, to, to.stride(0), places * to.stride(1), parts, d_state, channels,
+        BACKWARD=backward, COLUMNS=SIZES["COLUMNS"], num_warps=1,
+    )  # fmt: skip
 
 
 def scan_backward(
@@ -106,19 +148,25 @@ def scan_backward(
 
     That of z goes to ``dz``; those of B and C go to ``dBC`` (batch, length, 2 · directions · d_state), B's first.
     """
-    u, delta, A, B, *_ = inputs
+    u, delta, A, B, C, *_ = inputs
     (batch, length, channels), directions, d_state = u.shape, B.shape[2], A.shape[1]
     du, ddelta = (room_for(t, u) for t in (u, delta))
     empty = u.numel() == 0  # no kernel runs to fill what is summed up below
-    new = A.new_zeros if empty else A.new_empty
-    dA, dvectors = new(batch, d_state, channels), new(batch, 2, channels)
+    new, (parts, per_part) = A.new_zeros if empty else A.new_empty, _parts(u, A, B)
+    dA, dvectors = new(batch * parts, d_state, channels), new(batch * parts, 2, channels)
     if not empty:
-        blocks, chunks, chunk = _blocks(A, B), _chunks(u), SIZES["CHUNK"]
-        scratch = A.new_empty(2, batch, d_state, channels)
+        blocks, chunks, chunk, packed = _blocks(A, B), _chunks(u), SIZES["CHUNK"], _packed(A, B, C)
+        scratch = A.new_empty(2, batch, parts, d_state, channels)
+        if parts > 1:
+            carries, totals = _room_for_parts(u, A, parts)
+            after = (carries, totals)
+            _launch(carries_kernel, (dout,), inputs, packed, after, dout.stride()[:2], softplus, parts, (per_part,))
+            _join(carries, totals, packed[0], scratch[1], 1, backward=True)
         dpairs = A.new_empty(blocks, batch, directions, chunks, d_state, 2 * chunk)
         strides = (batch, *dout.stride()[:2], *(dz.stride()[:2] if dz.numel() else (0, 0)))
         after, block_n = (states, scratch, du, ddelta, dz, dA, dpairs, dvectors), triton.next_power_of_2(d_state)
-        _launch(backward_kernel, (dout,), inputs, after, strides, softplus)
+        cut = {"PARTS": parts > 1}
+        _launch(backward_kernel, (dout,), inputs, packed, after, strides, softplus, parts, (per_part,), **cut)
         unpack_kernel[chunks, directions, batch](
             dpairs, dBC, *dBC.stride()[:2], length, chunks, d_state, blocks, dpairs.stride(0),
             BLOCK_N=block_n, DIRECTIONS=directions, CHUNK=chunk, num_warps=1,
