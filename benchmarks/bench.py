@@ -333,7 +333,9 @@ def run_row(name: str, function: str, *arguments) -> dict:
     """On a GPU in this process, on a CPU in one of its own; a row that fails says how."""
     if not ON_GPU:
         process = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True)
-        return json.loads(process.stdout) if not process.returncode else {"failed": process.stderr.strip()[-300:]}
+        if process.returncode:
+            return {"failed": process.stderr.strip()[-300:]}
+        return json.loads(process.stdout.splitlines()[-1])  # the notebook's cells print before
     gc.collect()
     torch.compiler.reset()
     torch.cuda.empty_cache()

@@ -33,3 +33,9 @@ def test_the_rows_name_functions_that_there_are(bench):
     kinds = {work[0] for work in bench.rows().values() if not isinstance(work, str)}
     assert {"scan_row", "step_row", "throughput_row", "growth_row"} <= kinds
     assert all(callable(getattr(bench, kind)) for kind in kinds)
+
+
+def test_a_row_comes_back_from_its_own_process(bench, monkeypatch):
+    monkeypatch.setattr(bench, "ON_GPU", False)
+    name = next(name for name in bench.rows() if name.startswith("growth, attention encoder, 512 tokens"))
+    assert bench.run_row(name, *bench.rows()[name]).get("forward_ms", 0) > 0
