@@ -1,4 +1,4 @@
-# make run   set up .venv, execute the notebook, keep the executed copy in runs/
+# make run   set up .venv, execute the notebook, keep the executed copy in runs/; GPUS=4 trains on four
 # make test  set up .venv, run the tests        make lint   check style with ruff
 # make enlarge IMAGE=photo.jpg   write photo_x4.png beside it; SCALE=2, COMPARE=1 (bicubic beside it), FORCE=1 (replace)
 # make bench time the scan against others on this machine
@@ -10,7 +10,7 @@ BIN := .venv/bin
 .PHONY: run test lint enlarge image-named bench mamba-ssm clean
 
 run: .venv/ready
-	$(BIN)/python run_notebook.py
+	$(BIN)/python run_notebook.py $(if $(GPUS),--gpus $(GPUS))
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest

@@ -1,11 +1,15 @@
 """Execute the notebook from top to bottom, with its output in the terminal, and keep the executed copy.
 
-usage: python run_notebook.py [NOTEBOOK [EXECUTED]]
+usage: python run_notebook.py [--gpus N] [NOTEBOOK [EXECUTED]]
 
 NOTEBOOK is by default the one beside this file, and EXECUTED runs/NOTEBOOK in the current folder. The cells run in this
 Python, in NOTEBOOK's folder. Exit status 1 if a cell fails or something cannot be read or written (the copy then holds
 the outputs up to there), 130 if interrupted and 143 or 129 if told to end by SIGTERM or SIGHUP (training was saved; run
 again to go on).
+
+With --gpus N the cells run as one program in N processes, each on a GPU of its own, or without a GPU all on the
+processor (mamba_ginr/parallel.py). The first one writes the figures, checkpoints and results.json; there is no executed
+copy. The exit status is the same.
 """
 
 import asyncio
@@ -26,6 +30,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from mamba_ginr.launch import launch
 from mamba_ginr.report import print_anywhere
 
 try:
@@ -232,8 +237,24 @@ def main(notebook: Path, executed: Path) -> int:
             write(nb, executed)
 
 
+def main_on_several(notebook: Path, gpus: int) -> int:
+    """Run the cells as one program in ``gpus`` processes; the exit status."""
+    print_anywhere()
+    read(notebook)
+    with private_folder() as folder:
+        script = write_script(notebook, folder / "cells.py")
+        os.chdir(notebook.resolve().parent)
+        say(f"The cells run as one program, in {gpus} processes: figures and results.json, but no executed copy.")
+        return launch(script, gpus, folder, f"the same command (make run GPUS={gpus})")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 3 or any(argument.startswith("-") for argument in sys.argv[1:]):
+    arguments, gpus = sys.argv[1:], "1"
+    if arguments[:1] == ["--gpus"]:
+        gpus, arguments = "".join(arguments[1:2]), arguments[2:]
+    if len(arguments) > 2 or any(argument.startswith("-") for argument in arguments) or not gpus.isdecimal():
         sys.exit(__doc__)
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "mamba_ginr_cifar10.ipynb"
-    sys.exit(main(source, Path(sys.argv[2]) if len(sys.argv) > 2 else Path("runs") / source.name))
+    source = Path(arguments[0]) if arguments else Path(__file__).resolve().parent / "mamba_ginr_cifar10.ipynb"
+    if int(gpus) > 1:
+        sys.exit(main_on_several(source, int(gpus)))
+    sys.exit(main(source, Path(arguments[1]) if len(arguments) > 1 else Path("runs") / source.name))

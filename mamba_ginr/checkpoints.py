@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-EARLIER = {"head_latents": True}  # what files from before there was such a choice were made with
+EARLIER = {"head_latents": True, "image_size": 32}  # what files from before there was such a choice were made with
 
 
 def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to another folder") -> None:
@@ -174,10 +174,11 @@ def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict) -> N
     save_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def load_weights(path: Path | str, build, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+def load_weights(path: Path | str, build, device: torch.device | str = "cpu", size: int = 0) -> tuple[nn.Module, dict]:
     """Rebuild a model from a checkpoint alone; return it in evaluation mode, with the checkpoint (config, metrics).
 
-    ``build(**config)`` makes a model of that configuration, as its class does.
+    ``build(**config)`` makes a model of that configuration, as its class does. ``size``, if given, is a side of the
+    images that it must be for.
 
     Weights from before there was a head (their configuration has ``mixing_dim``) reconstruct as they did; finer pixels
     are then interpolated, nothing is added, and a line says so.
@@ -187,6 +188,9 @@ def load_weights(path: Path | str, build, device: torch.device | str = "cpu") ->
     checkpoint = read_checkpoint(Path(path), "model")
     try:
         config, weights = checkpoint["config"], checkpoint["weights"]
+        if size and config["image_size"] != size:
+            theirs = config["image_size"]
+            raise ValueError(f"they are for images of {theirs}×{theirs} pixels: set IMAGE_SIZE = {theirs}, not {size}")
         if config.get("decoder") == "residual":  # its name until it was LAINR's
             config = {**config, "decoder": "lainr"}
         config = {**EARLIER, **config}

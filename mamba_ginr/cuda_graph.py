@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_ginr.parallel import processes
+
 
 def compile_loss(function: Callable) -> Callable:
     """``torch.compile`` with the options that make a step of the notebook's model fastest (docs/speed)."""
@@ -50,7 +52,10 @@ class GraphedStep:
             return self.result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, runs nothing
+            # With several processes a thread of PyTorch's asks NCCL's events whether they came: a capture that forbids
+            # such questions to this thread only is not spoilt by it. NCCL itself was set up in the calls before.
+            mode = "global" if processes() == 1 else "thread_local"
+            with torch.cuda.graph(self.graph, capture_error_mode=mode):  # records, runs nothing
                 self.result = self.function(self.batch)
         self.graph.replay()
         return self.result

@@ -21,22 +21,32 @@ from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from mamba_ginr.images import image_name, read_image, readable_suffixes
+from mamba_ginr.parallel import check_equal, first_alone
+from mamba_ginr.pictures import Pictures
 
 THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of macOS archives, Synology and Windows
 
 
 @dataclass
 class ImageData:
-    """uint8 images (n, 3, 32, 32): to train on, held out of training to choose the checkpoint, and to report on."""
+    """To train on, uint8 images (n, 3, S, S) or larger pictures; held out to choose the checkpoint; and to report on.
+
+    Of larger pictures ``held_out`` and ``test`` are the middle, (n, 3, S, S); ``test_pictures`` are the whole ones.
+    """
 
     name: str
-    train: Tensor
+    train: Pictures
     held_out: Tensor
-    test: Tensor
+    test_pictures: Pictures
+
+    @property
+    def test(self) -> Tensor:
+        return self.test_pictures.crops(torch.arange(len(self.test_pictures), device=self.test_pictures.device))
 
     def __str__(self) -> str:
-        train, held_out, test = (f"{len(images):,}" for images in (self.train, self.held_out, self.test))
-        return f"{self.name}, {train} images to train on, {held_out} held out, {test} to test"
+        train, held_out, test = (f"{len(images):,}" for images in (self.train, self.held_out, self.test_pictures))
+        crops = "images" if self.train.exact else f"crops of {len(self.train.shapes):,} pictures"
+        return f"{self.name}, {train} {crops} to train on, {held_out} held out, {test} to test"
 
 
 # What a cut, stalled or corrupt download raises, in the network, in the archive or in what was unpacked.
@@ -110,13 +120,15 @@ def image_files(split: Path) -> tuple[list[str], dict[str, int]]:
     return [os.path.join(folder, name) for folder, names in folders for name in names], dict(+left_out)
 
 
-def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
-    """Images of root/{train,test}/<class>/*; the folder's name is the data's. Other sizes are cropped and resized.
+def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor | list[Tensor], Tensor | list[Tensor]]:
+    """Images of root/{train,test}/<class>/*, of any size; the folder's name is the data's.
 
-    All are opened by ``images.open_image``. What was left out, put on white or guessed is printed, with how many.
+    uint8, (n, 3, size, size) where all are of this size, else a list of (3, H, W). Of pictures with a shorter side the
+    middle square is enlarged to ``size``. All are opened by ``images.open_image``. What was enlarged, left out, put on
+    white or guessed is printed, with how many.
     """
     root = Path(root).expanduser()
-    splits, resized, notes, first = [], 0, Counter(), {}
+    splits, enlarged, notes, first = [], 0, Counter(), {}
     for split in ("train", "test"):
         paths, left_out = image_files(root / split) if (root / split).is_dir() else ([], {"no such folder": ""})
         listed = ", ".join(f"{count} {kind}".strip() for kind, count in sorted(left_out.items()))
@@ -127,8 +139,8 @@ def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
             )
         if listed:
             print(f"Images: left out of {image_name(root / split)}: {listed}.")
-        images = np.empty((len(paths), size, size, 3), np.uint8)
-        for i, path in enumerate(tqdm(paths, desc=f"reading {split}", leave=False)):
+        images = []
+        for path in tqdm(paths, desc=f"reading {split}", leave=False):
             try:
                 image, done = read_image(path)
             except OSError as error:
@@ -139,15 +151,20 @@ def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor, Tensor]:
             for note in done:
                 notes[note] += 1
                 first.setdefault(note, image_name(path))
-            if image.size != (size, size):
-                resized += 1
+            if min(image.size) < size:
+                enlarged += 1
                 image = TF.resize(TF.center_crop(image, min(image.size)), size, antialias=True)
-            images[i] = np.asarray(image)
-        splits.append(rearrange(torch.from_numpy(images), "n h w c -> n c h w"))
+            images.append(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").contiguous())
+        same = all(image.shape == (3, size, size) for image in images)
+        splits.append(torch.stack(images) if same else images)
     for note, count in notes.items():
         print(f"Images: {count} with {note} (for example {first[note]}).")
-    if resized:
-        print(f"Images: {resized} of other sizes were cropped to their central square and resized to {size}×{size}.")
+    if enlarged:
+        print(f"Images: of {enlarged} with a side shorter than {size} pixels the middle square was enlarged.")
+    if larger := sum(image.shape != (3, size, size) for images in splits for image in images):
+        print(
+            f"Images: of {larger} larger than {size}×{size} crops are taken, at random places, in tests in the middle."
+        )
     return f"{root.resolve().name} (folder)", *splits
 
 
@@ -160,7 +177,7 @@ def photographs() -> list[Tensor]:
 
 
 def load_photos(size: int = 32) -> tuple[str, Tensor, Tensor]:
-    """32×32 crops of scikit-image's photographs at 1, 1/2 and 1/4 of their size; the right quarter is for testing."""
+    """Square crops of scikit-image's photographs at 1, 1/2 and 1/4 of their size; the right quarter is for testing."""
     splits = ([], [])
     for photo in photographs():
         photo = photo.unsqueeze(0).float()
@@ -171,10 +188,14 @@ def load_photos(size: int = 32) -> tuple[str, Tensor, Tensor]:
             for scale in (1, 2, 4):
                 small = F.avg_pool2d(part, scale).round().byte()
                 if min(small.shape[2:]) < size:
-                    continue  # the smallest photograph's test quarter, at 1/4
-                stride = size // 2 // scale if train else size
+                    continue  # at 32 the smallest photograph's test quarter, at 1/4
+                stride = max(1, size // 2 // scale) if train else size
                 tiles = small.unfold(2, size, stride).unfold(3, size, stride)
                 splits[not train].append(rearrange(tiles, "1 c y x h w -> (y x) c h w"))
+    if not all(splits):
+        raise ValueError(
+            f"IMAGE_SIZE = {size}: scikit-image's photographs are too small for it, take DATASET = 'folder'"
+        )
     return "scikit-image photographs", *(torch.cat(crops) for crops in splits)
 
 
@@ -190,10 +211,14 @@ def cifar10_within_reach(root: Path) -> bool:
         return False
 
 
-def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: int, seed: int, device) -> ImageData:
+def load_data(
+    dataset: str, root: str, held_out: int, max_train: int, max_test: int, seed: int, device, size: int = 32
+) -> ImageData:
     """Load, hold ``held_out`` training images out, and move all to ``device``; max_* = 0 keeps all images.
 
     "auto" takes the images of root/{train,test}/<class>/* if both are there, else CIFAR-10, else the photographs.
+    ``size`` is a side of the images that are trained on. Of a folder of larger pictures at most a tenth is held out,
+    and ``max_train`` is the most crops of an epoch.
     Raises ValueError for an unknown dataset, or if too few images are left to train on.
     """
     root, asked = Path(root).expanduser(), dataset
@@ -212,34 +237,65 @@ def load_data(dataset: str, root: str, held_out: int, max_train: int, max_test: 
                 f"WARNING: {root / own[0]} holds images, but {root / other} does not: DATASET = 'auto' takes none of "
                 f"them. DATASET = 'folder' reads {root}/train/<class>/* and {root}/test/<class>/*."
             )
+    if dataset == "auto" and size != 32:
+        dataset = "photos"
+        print(f"Images: CIFAR-10's are 32×32; for IMAGE_SIZE = {size} scikit-image's photographs take its place.")
+    if dataset == "cifar10" and size != 32:
+        raise ValueError(f"IMAGE_SIZE = {size}: CIFAR-10's images are 32×32; take DATASET = 'folder' or 'photos'")
     if dataset == "auto":
         dataset = "cifar10" if cifar10_within_reach(root) else "photos"
         if dataset == "photos":
             print("WARNING: CIFAR-10 is neither on disk nor reachable; scikit-image's photographs take its place.")
-    loaders = {"cifar10": lambda: load_cifar10(root), "folder": lambda: load_folder(root), "photos": load_photos}
+    loaders = {"cifar10": lambda: load_cifar10(root), "folder": lambda: load_folder(root, size)}
+    loaders["photos"] = lambda: load_photos(size)
     if dataset not in loaders:
         raise ValueError(f"DATASET = {dataset!r}: choose one of auto, {', '.join(loaders)}")
     try:
-        name, train, test = loaders[dataset]()
+        with first_alone():  # where CIFAR-10 is yet to be downloaded, one process does
+            name, train, test = loaders[dataset]()
     except RuntimeError as error:
         if not (asked == "auto" and dataset == "cifar10"):
             raise
         print(f"WARNING: {error} Until then scikit-image's photographs take its place.")
-        name, train, test = load_photos()
+        name, train, test = load_photos(size)
+    check_equal((name, [tuple(image.shape) for images in (train, test) for image in images]), "the images")
+    if not torch.is_tensor(train) and held_out > (tenth := max(1, len(train) // 10)):
+        print(f"Images: of {len(train)} pictures {tenth} are held out, not HELD_OUT = {held_out}.")
+        held_out = tenth
     if held_out < 1 or len(train) <= held_out:
         raise ValueError(
             f"HELD_OUT = {held_out} must lie in 1 … {len(train) - 1}: {name} has {len(train)} training images"
         )
     # A seeded shuffle before any cut, because a folder comes sorted by class.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    held_out, rest = train[order[:held_out]], train[order[held_out:]]
-    if max_test:
-        test = test[torch.linspace(0, len(test) - 1, min(max_test, len(test))).long()]
-    return ImageData(name, rest[: max_train or None].to(device), held_out.to(device), test.to(device))
+    held_out, rest = order[:held_out], order[held_out:]
+    if torch.is_tensor(train):
+        rest = rest[: max_train or None]
+    tested = torch.linspace(0, len(test) - 1, min(max_test or len(test), len(test))).long()
+    held_out = Pictures(chosen(train, held_out), size, many=False).to(device)
+    return ImageData(
+        name,
+        Pictures(chosen(train, rest), size, most=max_train).to(device),
+        held_out.crops(torch.arange(len(held_out), device=held_out.device)),
+        Pictures(chosen(test, tested), size, many=False).to(device),
+    )
 
 
-def photograph_crops(size: int = 256, limit: int = 0) -> Tensor:
-    """Crops of scikit-image's photographs that overlap by half: uint8 (33, 3, 256, 256), or ``limit`` of them."""
-    tiles = [photo.unfold(1, size, size // 2).unfold(2, size, size // 2) for photo in photographs()]
+def chosen(images: Tensor | list[Tensor], which: Tensor) -> Tensor | list[Tensor]:
+    """Those of the images with these numbers, in this order."""
+    return images[which] if torch.is_tensor(images) else [images[i] for i in which.tolist()]
+
+
+def photograph_crops(size: int = 32, limit: int = 0) -> Tensor:
+    """Crops of scikit-image's photographs that overlap by half, 8, 4 or 2 times ``size`` pixels a side, at most 256.
+
+    uint8 (33, 3, 256, 256) for a size of 32, or ``limit`` of them. For a size of 256 of twice that, from the one
+    photograph that has it; for larger ones (0, 3, size, size).
+    """
+    size *= next((factor for factor in (8, 4) if factor * size <= 256), 2)
+    photos = [photo for photo in photographs() if min(photo.shape[1:]) >= size]
+    if not photos:
+        return torch.zeros(0, 3, size // 2, size // 2, dtype=torch.uint8)
+    tiles = [photo.unfold(1, size, size // 2).unfold(2, size, size // 2) for photo in photos]
     crops = torch.cat([rearrange(t, "c y x h w -> (y x) c h w") for t in tiles])
     return crops[torch.linspace(0, len(crops) - 1, min(limit, len(crops))).long()] if limit else crops

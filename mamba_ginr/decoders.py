@@ -1,7 +1,7 @@
 """Three other decoders: what else can turn latents and a coordinate into a colour, with all else the same.
 
-Each takes ``fourier`` and ``bias``, modules that map coordinates to their features (..., Q, fourier.width) and to the
-attention's bias; latents (B, P, latent_dim) and coords (1 or B, Q, 2) → (B, Q, 3).
+Each takes ``fourier``, a module that maps coordinates to their features (..., Q, fourier.width); latents
+(B, ..., P, latent_dim), coords (1 or B, ..., Q, 2) and the attention's bias (..., Q, P) → (B, ..., Q, 3).
 """
 
 import torch
@@ -22,7 +22,7 @@ class FourierBands(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of queries (1 or B, Q, dim) on context (B, P, context_dim), bias (1 or B, Q, P) → (B, Q, dim)."""
+    """Attention of queries (1 or B, ..., Q, dim) on context (B, ..., P, context_dim), bias (..., Q, P)."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -33,13 +33,18 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = (
-            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
+            rearrange(t, "... n (h d) -> ... h n d", h=self.heads)
             for t in (self.to_q(queries), *self.to_kv(context).chunk(2, dim=-1))
         )
-        q = q.expand(len(k), -1, -1, -1)
+        q = q.expand(*k.shape[:-2], -1, -1)
+        if q.dim() == 5 and len(bias) == 1:  # of tiles: in four dimensions PyTorch keeps no logits
+            together = (rearrange(t, "b t h n d -> t (b h) n d") for t in (q, k, v))
+            bias = bias[0].to(q.dtype).unsqueeze(1).expand(-1, len(q) * self.heads, -1, -1)
+            read = F.scaled_dot_product_attention(*together, bias)
+            return self.to_out(rearrange(read, "t (b h) n d -> b t n (h d)", h=self.heads))
         if bias is not None:
-            bias = bias.to(q.dtype).unsqueeze(1).expand(len(q), self.heads, -1, -1)
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, bias), "b h n d -> b n (h d)"))
+            bias = bias.to(q.dtype).unsqueeze(-3).expand(*q.shape[:-1], -1)
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, bias), "... h n d -> ... n (h d)"))
 
 
 class TwoScaleDecoder(nn.Module):
@@ -49,9 +54,9 @@ class TwoScaleDecoder(nn.Module):
     RGB of both are summed.
     """
 
-    def __init__(self, latent_dim: int, dim: int, fourier: nn.Module, bias: nn.Module):
+    def __init__(self, latent_dim: int, dim: int, fourier: nn.Module):
         super().__init__()
-        self.fourier, self.bias = fourier, bias
+        self.fourier = fourier
         self.to_query = nn.Linear(fourier.width, dim)
         self.attention = MultiHeadAttention(dim, latent_dim, heads=2, head_dim=64)
         self.of_features = nn.ModuleList(nn.Linear(band.width, dim) for band in fourier.bands)
@@ -59,9 +64,9 @@ class TwoScaleDecoder(nn.Module):
         self.to_rgb = nn.ModuleList(nn.Linear(dim, 3) for _ in fourier.bands)
         nn.init.constant_(self.to_rgb[0].bias, 0.5)
 
-    def forward(self, latents: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, coords: Tensor, bias: Tensor) -> Tensor:
         bands = [band(coords) for band in self.fourier.bands]
-        modulation = self.attention(self.to_query(torch.cat(bands, dim=-1)), latents, self.bias(coords))
+        modulation = self.attention(self.to_query(torch.cat(bands, dim=-1)), latents, bias)
         x, rgb = 0.0, 0.0
         for features, h, m, out in zip(bands, self.of_features, self.of_modulation, self.to_rgb):
             x = x + F.relu(F.relu(h(features)) + m(modulation))
@@ -91,9 +96,9 @@ class TokenDecoder(nn.Module):
     After SCENT (Park et al. 2025, arXiv 2504.12262).
     """
 
-    def __init__(self, latent_dim: int, dim: int, num_blocks: int, fourier: nn.Module, bias: nn.Module):
+    def __init__(self, latent_dim: int, dim: int, num_blocks: int, fourier: nn.Module):
         super().__init__()
-        self.fourier, self.bias = fourier, bias
+        self.fourier = fourier
         self.to_query = nn.Linear(fourier.width, dim)
         self.blocks = nn.ModuleList(AttentionBlock(dim, latent_dim) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(dim)
@@ -101,8 +106,8 @@ class TokenDecoder(nn.Module):
         self.skip = nn.Linear(fourier.width, 3, bias=False)
         nn.init.constant_(self.to_rgb.bias, 0.5)
 
-    def forward(self, latents: Tensor, coords: Tensor) -> Tensor:
-        features, bias = self.fourier(coords), self.bias(coords)
+    def forward(self, latents: Tensor, coords: Tensor, bias: Tensor) -> Tensor:
+        features = self.fourier(coords)
         x = self.to_query(features)
         for block in self.blocks:
             x = block(x, latents, bias)
@@ -111,9 +116,9 @@ class TokenDecoder(nn.Module):
 
 
 def other_decoder(
-    name: str, latent_dim: int, dim: int, num_blocks: int, fourier: FourierBands, bias: nn.Module
+    name: str, latent_dim: int, dim: int, num_blocks: int, fourier: FourierBands
 ) -> TwoScaleDecoder | TokenDecoder:
     """The decoder of this name: gaussian, scent or hybrid, which is scent behind layers over the latents."""
     if name == "gaussian":
-        return TwoScaleDecoder(latent_dim, dim, fourier, bias)
-    return TokenDecoder(latent_dim, dim, num_blocks, fourier, bias)
+        return TwoScaleDecoder(latent_dim, dim, fourier)
+    return TokenDecoder(latent_dim, dim, num_blocks, fourier)

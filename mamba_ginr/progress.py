@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from mamba_ginr.checkpoints import only_writer
 from mamba_ginr.cuda_graph import GraphedStep
 from mamba_ginr.figures import draw_curves, show
+from mamba_ginr.parallel import any_of_all, check_weights, is_first
 from mamba_ginr.training_run import Run
 
 HEADER = (
@@ -39,7 +40,7 @@ class Progress:
 
     ``path`` and ``title`` are the curves', which are drawn within the next epoch, when a GPU has steps to work on.
     ValueError where the model's weights are trained and no state goes on from them; CheckpointError where another
-    process is writing this run's files.
+    process is writing this run's files. Of several that train together (``mamba_ginr.parallel``) the first writes.
     """
 
     def __init__(self, run: Run, epochs: int, path: Path, title: str):
@@ -55,7 +56,8 @@ class Progress:
     def __enter__(self):
         run, count = self.run, len(self.run.losses)
         with ExitStack() as begun:  # what fails from here on leaves no lock and no handler
-            begun.enter_context(only_writer(run.state_path))
+            if is_first():
+                begun.enter_context(only_writer(run.state_path))
             print(HEADER, *map(log_line, run.history), sep="\n")
             if run.history:
                 self.draw()
@@ -86,12 +88,14 @@ class Progress:
                 self.bar.set_description("steps")
                 print(f"Start-up: the step was compiled in {self.graphed.start_up:.0f} s.")
             self.bar.update()
-            if self.stale and (self.interrupted() or step >= min(50, count - 1)):
+            if self.stale and step >= min(50, count - 1):
                 begun = time.perf_counter()
                 self.draw()
                 started += time.perf_counter() - begun if run.device.type == "cpu" else 0.0
-            if self.interrupted():
+            if any_of_all(self.interrupted(), epoch * count + step + 1):
                 run.step_seconds = time.perf_counter() - started
+                if self.stale:
+                    self.draw()
                 run.save()
                 raise KeyboardInterrupt(
                     f"saved after step {run.step} of epoch {epoch + 1}: run this cell again to go on"
@@ -102,13 +106,16 @@ class Progress:
 
     def finish_epoch(self, scores: dict) -> None:
         """Give the run an epoch's scores, and print its line."""
+        check_weights(self.run.model, self.run.average)
         row = {**dict(zip(("train_loss", "train_loss_finer"), self.losses)), **scores}
         self.run.finish_epoch(row, last=self.run.epoch + 1 == self.epochs)
         print(log_line(self.run.history[-1]))
         self.stale = True
 
     def draw(self) -> None:
-        self.curves, self.stale = show(draw_curves(self.run.history, self.title), self.path, self.curves), False
+        self.stale = False
+        if is_first():
+            self.curves = show(draw_curves(self.run.history, self.title), self.path, self.curves)
 
 
 @contextmanager

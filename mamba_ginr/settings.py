@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mamba_ginr.parallel import processes
+
 DECODERS = "lainr", "gaussian", "scent", "hybrid"
 
 
@@ -123,13 +125,24 @@ def announce(settings: dict, environment: dict, device: torch.device) -> None:
     if (small or not train) and Path(output).resolve() == Path.cwd():
         raise ValueError("only a full training run writes here: set OUTPUT_DIR to another folder than this one")
     check_output(output)
+    if train and "IMAGE_SIZE" in settings:  # before a large folder is read
+        check_model({name.lower(): value for name, value in settings.items()})
     if not train:
         print(f"TRAIN is off: the weights of {settings['PRETRAINED']}; files go to {output}/ only.")
     elif small:
         print(f"SMALL: a reduced model and a short run for a machine without a GPU; files go to {output}/ only.")
     outside = [n for n in settings if f"MAMBA_GINR_{n}" in environment and not n.endswith("_DIR")]
     print("Set from outside:", ", ".join(f"{n} = {settings[n]}" for n in outside) or "nothing")
-    print("Device:", torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "· PyTorch", torch.__version__)
+    print(f"Device: {describe(device)} · PyTorch {torch.__version__}")
+
+
+def describe(device: torch.device) -> str:
+    """What trains: the processor, a GPU, or several; and what would train on all where there are more."""
+    name, count = torch.cuda.get_device_name() if device.type == "cuda" else "CPU", processes()
+    if count > 1:
+        return f"{count} × {name}" if device.type == "cuda" else f"{name}, {count} processes"
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    return name if there < 2 else f"{name}, one of {there} GPUs (make run GPUS={there} trains on all)"
 
 
 def check_model(config: dict) -> None:
@@ -140,7 +153,7 @@ def check_model(config: dict) -> None:
     if low := [f"{name} = {config[name]}" for name in needed if config[name] < 1]:
         raise ValueError(f"{', '.join(low)}: at least 1")
     patch, size, dim = (config[name] for name in ("patch_size", "image_size", "dim"))
-    if patch < 1 or size % patch or dim % 2:
+    if patch < 1 or size < patch or size % patch or dim % 2:
         raise ValueError(f"patch_size {patch} must divide image_size {size}, and dim {dim} be even")
     harmonics = 2 * (patch // 2)
     if config["num_frequencies"] < harmonics:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mamba_ginr import parallel
 from mamba_ginr.checkpoints import EARLIER, CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
 
 
@@ -78,6 +79,7 @@ class Run:
         else:
             self.keep()
             self.keep()
+        parallel.check_weights(self.model, self.average)  # and all have read the state before one writes it
         self.clock = time.perf_counter()
 
     def resume(self) -> None:
@@ -221,7 +223,9 @@ class Run:
         return model, checkpoint
 
     def save(self) -> None:
-        """Have the best weights and the state written."""
+        """Have the best weights and the state written; of several processes, by the first."""
+        if not parallel.is_first():
+            return
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(self.device))

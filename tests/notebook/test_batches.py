@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mamba_ginr.mosaics import finer_places
+
 
 def test_a_mosaic_holds_images_side_by_side_and_averages_down(nb):
     images = torch.randint(0, 256, (35, 3, 8, 8), dtype=torch.uint8)
@@ -33,7 +35,7 @@ def test_finer_pixels_lie_where_the_truth_is(nb):
     for tiles, scale, step in nb.MOSAICS:
         chosen = images if tiles == 4 else images[[0, 0, 4, 4]]
         _, truth = nb.mosaic(chosen.byte(), tiles, scale, step)
-        places = nb.finer_places(scale, step, 32)
+        places = finer_places(scale, step, 32)
         assert truth.shape[2:] == (len(places), len(places))
         assert torch.allclose(255 * truth[0, 0, :, 0], 32 * tiles * places - 0.5, atol=1e-3)
         assert places[0].item() == pytest.approx(0.5 / (32 * scale))
@@ -81,7 +83,7 @@ def test_the_finer_pixels_of_a_batch_are_those_of_its_mosaics(nb):
 def test_mosaics_are_turned_and_mirrored_in_turn(nb):
     images = torch.arange(4 * 3 * 64).view(4, 3, 8, 8).remainder(256).byte()
     sampler = nb.Sampler(images, 4, 0, 1, 64, 0)
-    assert [tuple(kind) for kind, *_ in sampler.kinds] == [(2, 2, 1)]  # 8 pixels are too few for 4 × 4 tiles
+    assert [(of.tiles, of.kind) for of in sampler.kinds] == [(2, (2, 2, 1))]  # 8 pixels are too few for 4 × 4 tiles
     drawn = []
     for epoch in range(8):
         batch = sampler(epoch, 0)
@@ -96,3 +98,25 @@ def test_mosaics_are_turned_and_mirrored_in_turn(nb):
 def test_images_too_small_for_mosaics_are_named(nb):
     with pytest.raises(ValueError, match="images of 4 pixels a side be large enough for mosaics"):
         nb.Sampler(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), 8, 0, 2, 64, 0)
+
+
+def test_larger_pictures_give_crops_and_mosaics_without_seams(nb):
+    """Pictures that are ramps: a crop is a piece of one, and a mosaic's finer pixels lie on it wherever asked."""
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    pictures = [torch.stack([2 * rows, 2 * columns, (rows + columns) + i]).byte() for i in range(6)]
+    sampler = nb.Sampler(nb.Pictures(pictures, 8), 8, 2, 3, 64, 0)
+    assert [(of.tiles, of.kind.reduction) for of in sampler.kinds] == [(1, 2), (1, 4), (1, 4)]
+    assert sampler.steps == 6 * 48 // 8
+    for step in range(4):
+        batch = sampler(0, step)
+        assert [len(x) for x in batch] == [5, 3, 3, 3, 3]
+        steps = batch.images[:3, 0, 1:].int() - batch.images[:3, 0, :-1].int()
+        assert (steps == 2).all()
+        # The input's colours fall or rise by 2 · reduction from pixel to pixel, and so do those in between.
+        for image, coords, rgb in zip(batch.mosaics.float(), batch.coords, batch.rgb):
+            places = coords.unsqueeze(1) * 8 - 0.5
+            by_row, by_column = image[:, 1, 0] - image[:, 0, 0], image[:, 0, 1] - image[:, 0, 0]
+            expected = image[:, 0, 0] + places[..., 0] * by_row + places[..., 1] * by_column
+            assert (255 * rgb - expected).abs().max() <= 9  # each input is rounded, up to 7.5 pixels from the corner
+    other = nb.Sampler(nb.Pictures(pictures, 8), 8, 2, 3, 64, 0)
+    assert all(torch.equal(a, b) for a, b in zip(other(1, 5), sampler(1, 5)))

@@ -5,8 +5,8 @@ import torch
 
 
 def test_bias_is_two_dimensional_and_in_units_of_a_patch(nb, tiny):
-    decoder = tiny().decoder  # 4×4 patches
-    bias = decoder.bias(torch.tensor([[0.125, 0.125]]))[0].view(4, 4)  # asked at the centre of patch (0, 0)
+    centres = tiny().centres[0]  # of 4×4 patches
+    bias = nb.spatial_bias(torch.tensor([[0.125, 0.125]]), centres, 1 / 4, 10.0).view(4, 4)  # at that of patch (0, 0)
     for row in range(4):
         for column in range(4):
             assert bias[row, column].item() == pytest.approx(-10.0 * (row**2 + column**2), abs=1e-4)

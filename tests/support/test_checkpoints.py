@@ -353,3 +353,10 @@ def test_a_drive_without_locks_or_fsync_takes_a_run(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"state\.pth cannot be written: No space left"):
         checkpoints.save_atomically(tmp_path / "state.pth", lambda file: file.write(b"newer"))
     assert (tmp_path / "state.pth").read_bytes() == b"new"
+
+
+def test_weights_of_another_image_size_are_refused_with_the_size_to_set(nb, tiny, tmp_path):
+    checkpoints.save_model(tmp_path / "m.pth", tiny(), {}, {})
+    assert nb.load_model(tmp_path / "m.pth", "cpu", 8)[0].image_size == 8
+    with pytest.raises(checkpoints.CheckpointError, match="for images of 8×8 pixels: set IMAGE_SIZE = 8, not 32"):
+        nb.load_model(tmp_path / "m.pth", "cpu", 32)

@@ -29,12 +29,36 @@ def test_a_folder_of_images_is_read_as_it_is(nb, tmp_path):
     assert torch.equal(train[0], torch.from_numpy(first.copy()).permute(2, 0, 1))
 
 
-def test_images_of_other_sizes_and_modes_are_fitted_and_told(nb, tmp_path, capsys):
+def test_images_of_other_sizes_and_modes_are_kept_or_enlarged_and_told(nb, tmp_path, capsys):
     write_images(tmp_path, {"train/a": 2}, size=(50, 40), mode="L")
     write_images(tmp_path, {"test/a": 1}, size=(20, 64), mode="RGBA")
+    write_images(tmp_path, {"test/b": 1})
     _, train, test = loading.load_folder(tmp_path)
-    assert (train.shape, test.shape) == ((2, 3, 32, 32), (1, 3, 32, 32))
-    assert "3 of other sizes were cropped" in capsys.readouterr().out
+    assert [image.shape for image in (*train, *test)] == [(3, 40, 50), (3, 40, 50), (3, 32, 32), (3, 32, 32)]
+    out = capsys.readouterr().out
+    assert "Images: of 1 with a side shorter than 32 pixels the middle square was enlarged." in out
+    assert "Images: of 2 larger than 32×32 crops are taken, at random places, in tests in the middle." in out
+
+
+def test_a_folder_of_larger_pictures_is_a_training_set(nb, tmp_path, capsys):
+    write_images(tmp_path / "mine", {"train/a": 12, "test/a": 3}, size=(50, 40))
+    data = nb.load_data("folder", str(tmp_path / "mine"), 1000, 0, 2, 0, "cpu", 16)
+    assert "of 12 pictures 1 are held out, not HELD_OUT = 1000" in capsys.readouterr().out
+    assert str(data) == "mine (folder), 66 crops of 11 pictures to train on, 1 held out, 2 to test"
+    assert (data.held_out.shape, data.test.shape) == ((1, 3, 16, 16), (2, 3, 16, 16))
+    assert len(nb.load_data("folder", str(tmp_path / "mine"), 1, 20, 0, 0, "cpu", 16).train) == 20  # crops
+    last = np.asarray(Image.open(tmp_path / "mine/test/a/2.png"))[12:28, 17:33]
+    assert torch.equal(data.test[1], torch.from_numpy(last.copy()).permute(2, 0, 1))
+
+
+def test_cifar10_has_one_size(nb, fake_cifar10, tmp_path, capsys):
+    with pytest.raises(ValueError, match="IMAGE_SIZE = 64: CIFAR-10's images are 32×32"):
+        nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 0, "cpu", 64)
+    data = nb.load_data("auto", str(tmp_path), 100, 0, 0, 0, "cpu", 64)
+    assert data.test.shape[1:] == (3, 64, 64)
+    assert "for IMAGE_SIZE = 64 scikit-image's photographs take its place" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="IMAGE_SIZE = 256: scikit-image's photographs are too small"):
+        nb.load_data("photos", str(tmp_path), 100, 0, 0, 0, "cpu", 256)
 
 
 def test_a_folder_without_images_is_named(nb, tmp_path):
@@ -117,10 +141,11 @@ def test_held_out_images_are_apart_and_the_same_each_time(nb, fake_cifar10, tmp_
     a = nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 3, "cpu")
     b = nb.load_data("cifar10", str(tmp_path), 100, 50, 10, 3, "cpu")
     original = torch.from_numpy(fake_cifar10(tmp_path, True, False).data).permute(0, 3, 1, 2)
-    together = torch.cat([a.train, a.held_out])
+    (train, first) = (x.train.crops(torch.arange(len(x.train))) for x in (a, b))
+    together = torch.cat([train, a.held_out])
     assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, original.contiguous().numpy()))
     assert torch.equal(a.held_out, b.held_out)
-    assert torch.equal(a.train[:50], b.train)
+    assert torch.equal(train[:50], first)
     assert torch.equal(b.test[0], a.test[0])
     assert torch.equal(b.test[-1], a.test[-1])
     assert not torch.equal(a.held_out, nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 4, "cpu").held_out)
@@ -138,6 +163,9 @@ def test_photographs_are_cropped_for_enlargement(nb):
     assert (crops.shape, crops.dtype) == ((33, 3, 256, 256), torch.uint8)
     assert torch.equal(nb.photograph_crops(limit=2), crops[[0, 32]])
     assert torch.equal(nb.photograph_crops(limit=50), crops)
+    # At most 256 pixels, or twice the size, of the photographs that have them.
+    sides = {size: tuple(nb.photograph_crops(size).shape[::3]) for size in (64, 96, 128, 256, 300)}
+    assert sides == {64: (33, 256), 96: (76, 192), 128: (33, 256), 256: (1, 512), 300: (0, 300)}
 
 
 CUT = [

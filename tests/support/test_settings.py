@@ -105,3 +105,20 @@ def test_a_setting_changed_after_cell_10_is_named():
     assert settings_module.what_a_run_shares(settings, names) == {"EPOCHS": 40, "SEED": 0}
     with pytest.raises(ValueError, match=r"no effect: EPOCHS = 3 \(not 40\)\. Set it in cell 10, and run that"):
         settings_module.what_a_run_shares(settings, {**names, "EPOCHS": 3})
+
+
+def test_the_device_is_described_with_what_else_there_is(monkeypatch):
+    assert settings_module.describe(torch.device("cpu")) == "CPU"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    for there, text in ((1, "H100"), (4, "H100, one of 4 GPUs (make run GPUS=4 trains on all)")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        assert settings_module.describe(torch.device("cuda")) == text
+    monkeypatch.setattr(settings_module, "processes", lambda: 4)
+    assert settings_module.describe(torch.device("cuda")) == "4 × H100"
+
+
+def test_a_size_that_is_none_is_refused_before_the_data_are_read(nb, tmp_path):
+    for size, patch in ((0, 2), (63, 2), (1, 2), (64, 0)):
+        settings = {**nb.settings, "OUTPUT_DIR": str(tmp_path / "runs"), "IMAGE_SIZE": size, "PATCH_SIZE": patch}
+        with pytest.raises(ValueError, match=f"patch_size {patch} must divide image_size {size}"):
+            settings_module.announce(settings, {}, torch.device("cpu"))

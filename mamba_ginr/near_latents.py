@@ -1,0 +1,124 @@
+"""Which latents a query of the decoder reads: all of a small image's, in a larger one those of the patches around it.
+
+The attention's bias falls as exp(−locality · r²) with r patches. What lies further away than ``reach`` patches from
+the patch of a query weighs less than float32's last bit, and is not read. (That holds where the latents' logits lie no
+further apart than NEGLIGIBLE says.) So time and memory of a query do not depend on the image's size.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Near = Callable[..., Tensor]  # (b, P, c), and what stands for patches beyond the border (0) → (b, ..., K, c)
+
+WHOLE = 16  # patches a side, up to which all are read: one product of 256 keys takes a GPU no longer than 16 of 64
+NEGLIGIBLE = 56.0  # e⁻⁵⁶: float32's last bit (e⁻¹⁷) where logits differ by 39, the most of the committed weights (38)
+
+
+def reach_of(locality: float) -> float:
+    """How many patches around its own a query reads on each side, where the bias is −locality · r²; inf: all.
+
+    The nearest patch that is left out lies reach + 1 patches from the query's own, and so at least
+    (reach + 1)² − 2 · (reach + 1) · ½ = reach · (reach + 1) squared patches further from the query than its own.
+    """
+    return math.ceil(math.sqrt(NEGLIGIBLE / locality + 0.25) - 0.5) if locality > 0 else math.inf
+
+
+def all_of(x: Tensor, beyond: float = 0.0) -> Tensor:
+    """All latents, for every query."""
+    return x
+
+
+class NearLatents(nn.Module):
+    """The queries of an image in parts, and for each part a function that takes what it reads out of all latents.
+
+    Args:
+        side: patches along a side of the image.
+        patch_size: in pixels.
+        locality: the bias at a distance of one patch, −locality.
+        grid: whether the latents lie on the patches, one on each; else all are read.
+    """
+
+    def __init__(self, side: int, patch_size: int, locality: float, grid: bool):
+        super().__init__()
+        reach = reach_of(locality)
+        self.side, self.reach, self.local = side, reach, grid and side > WHOLE and 2 * reach + 1 < side
+        if self.local:
+            # Tiles of about 8 × 8 patches share what they read: those patches and ``reach`` more on each side.
+            least = max(8, reach)
+            self.tile = min(range(least, 2 * least), key=lambda tile: (-side % tile, tile))
+            self.tiles, self.pixels = -(-side // self.tile), self.tile * patch_size
+            centres = (torch.arange(self.tiles * self.pixels) + 0.5) / (side * patch_size)  # the last tiles may jut out
+            self.register_buffer("rows", centres.view(self.tiles, self.pixels), persistent=False)
+
+    def are_own(self, coords: Tensor, own: Tensor) -> bool:
+        """Whether these are the centres of the image's own pixels, in order; perhaps False where it does not matter."""
+        return coords is own or (self.local and coords.shape == own.shape and torch.equal(coords, own))
+
+    def parts(self, coords: Tensor, own: bool, chunk: int | None = None) -> Iterator[tuple[Tensor, Near]]:
+        """Coords (1 or B, Q, 2) in parts of about ``chunk`` queries, each with what it reads.
+
+        ``own`` says that they are the centres of the image's own pixels, in raster order, which are then taken tile by
+        tile. A part is (1 or B, ..., q, 2), and what it reads (B, ..., K, c); without ``own`` q may be 1.
+        """
+        if self.local and own:
+            rows = max(1, chunk // (self.tiles * self.pixels**2)) if chunk else self.tiles
+            for first in range(0, self.tiles, rows):
+                last = min(first + rows, self.tiles)
+                y, x = self.rows[first:last].view(-1, 1, self.pixels, 1), self.rows.view(1, -1, 1, self.pixels)
+                part = torch.stack(torch.broadcast_tensors(y, x), dim=-1)  # (rows, tiles, pixels, pixels, 2)
+                yield part.flatten(2, 3).flatten(0, 1).unsqueeze(0), partial(self._windows, first, last)
+            return
+        for part in coords.split(chunk or coords.shape[1], dim=1):
+            if self.local:
+                offsets = torch.arange(-self.reach, self.reach + 1, device=part.device)
+                patch = (part.detach() * self.side).long().clamp(0, self.side - 1).unsqueeze(-2)
+                patches = patch + torch.cartesian_prod(offsets, offsets)  # (1 or B, Q, K, 2)
+                yield part.unsqueeze(-2), partial(self._around, patches)
+            else:
+                yield part, all_of
+
+    def in_order(self, results: list[Tensor], own: bool) -> Tensor:
+        """What was computed of the parts, (B, ..., q, c) each → (B, Q, c), in the order of the coords."""
+        result = torch.cat(results, dim=1)
+        if not (self.local and own):
+            return result.flatten(1, -2)
+        result = rearrange(result, "b (y x) (i j) c -> b (y i) (x j) c", y=self.tiles, i=self.pixels)
+        size = self.side * self.pixels // self.tile
+        return result[:, :size, :size].flatten(1, 2)
+
+    def _windows(self, first: int, last: int, x: Tensor, beyond: float = 0.0) -> Tensor:
+        """(b, side², c) → (b, tiles, (tile + 2 reach)², c) of the tiles' rows ``first`` … ``last`` − 1."""
+        reach, jut = self.reach, self.tiles * self.tile - self.side
+        grid = F.pad(
+            x.unflatten(1, (self.side, self.side)), (0, 0, reach, reach + jut, reach, reach + jut), value=beyond
+        )
+        grid = grid[:, first * self.tile : last * self.tile + 2 * reach]
+        grid = self._with_margins(self._with_margins(grid, 1), 3)  # (b, rows, window, tiles, window, c)
+        return rearrange(grid, "b y i x j c -> b (y x) (i j) c")
+
+    def _with_margins(self, x: Tensor, dim: int) -> Tensor:
+        """An axis of tiles and ``reach`` more at its ends → two axes, the tiles and what each sees.
+
+        Made of slices: their gradients are sums in one order, where an index's are added as they come.
+        """
+        reach, length = self.reach, x.shape[dim] - 2 * self.reach
+        before, own, after = (x.narrow(dim, i * reach, length).unflatten(dim, (-1, self.tile)) for i in range(3))
+        before, after = before.narrow(dim + 1, 0, reach), after.narrow(dim + 1, self.tile - reach, reach)
+        return torch.cat([before, own, after], dim=dim + 1)
+
+    def _around(self, patches: Tensor, x: Tensor, beyond: float = 0.0) -> Tensor:
+        """(b, side², c), patches (1 or B, Q, K, 2) in rows and columns → (b or B, Q, K, c)."""
+        inside = ((patches >= 0) & (patches < self.side)).all(-1, keepdim=True)
+        row, column = patches.clamp(0, self.side - 1).unbind(-1)
+        index = row * self.side + column
+        if len(index) == 1:
+            values = x[:, index[0]]
+        else:
+            values = x.expand(len(index), -1, -1)[torch.arange(len(index), device=x.device).view(-1, 1, 1), index]
+        return torch.where(inside, values, beyond)
