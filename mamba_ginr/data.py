@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from mamba_ginr.images import image_name, read_image, readable_suffixes
 from mamba_ginr.parallel import check_equal, first_alone
-from mamba_ginr.pictures import Pictures
+from mamba_ginr.pictures import Pictures, shapes_of
 
 THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of macOS archives, Synology and Windows
 
@@ -155,13 +155,12 @@ def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor | list[Tensor],
                 enlarged += 1
                 image = TF.resize(TF.center_crop(image, min(image.size)), size, antialias=True)
             images.append(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").contiguous())
-        same = all(image.shape == (3, size, size) for image in images)
-        splits.append(torch.stack(images) if same else images)
+        splits.append(torch.stack(images) if set(shapes_of(images)) == {(size, size)} else images)
     for note, count in notes.items():
         print(f"Images: {count} with {note} (for example {first[note]}).")
     if enlarged:
         print(f"Images: of {enlarged} with a side shorter than {size} pixels the middle square was enlarged.")
-    if larger := sum(image.shape != (3, size, size) for images in splits for image in images):
+    if larger := sum(shape != (size, size) for images in splits for shape in shapes_of(images)):
         print(
             f"Images: of {larger} larger than {size}×{size} crops are taken, at random places, in tests in the middle."
         )
@@ -258,7 +257,7 @@ def load_data(
             raise
         print(f"WARNING: {error} Until then scikit-image's photographs take its place.")
         name, train, test = load_photos(size)
-    check_equal((name, [tuple(image.shape) for images in (train, test) for image in images]), "the images")
+    check_equal((name, shapes_of(train), shapes_of(test)), "the images")
     if not torch.is_tensor(train) and held_out > (tenth := max(1, len(train) // 10)):
         print(f"Images: of {len(train)} pictures {tenth} are held out, not HELD_OUT = {held_out}.")
         held_out = tenth

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 Near = Callable[..., Tensor]  # (b, P, c), and what stands for patches beyond the border (0) → (b, ..., K, c)
 
-WHOLE = 16  # patches a side, up to which all are read: one product of 256 keys takes a GPU no longer than 16 of 64
+WHOLE = 16  # patches a side, up to which all are read, in one product: an image of 32×32 in patches of 2
 NEGLIGIBLE = 56.0  # e⁻⁵⁶: float32's last bit (e⁻¹⁷) where logits differ by 39, the most of the committed weights (38)
 
 

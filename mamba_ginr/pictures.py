@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def shapes_of(pictures: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
+    """Height and width of each; of a tensor (n, 3, H, W) without a look at each of its many."""
+    if torch.is_tensor(pictures):
+        return len(pictures) * [tuple(pictures.shape[2:])]
+    return [tuple(picture.shape[1:]) for picture in pictures]
+
+
 class Pictures:
     """uint8 pictures (3, H, W) of any sizes from ``size`` a side on, one behind the other in one tensor.
 
@@ -20,7 +27,7 @@ class Pictures:
     """
 
     def __init__(self, pictures: Sequence[Tensor] | Tensor, size: int, many: bool = True, most: int = 0):
-        shapes = [tuple(picture.shape[1:]) for picture in pictures]
+        shapes = shapes_of(pictures)
         if too_small := [f"{w}×{h}" for h, w in shapes if min(h, w) < size]:
             raise ValueError(f"pictures of {too_small[0]} pixels are smaller than crops of {size}×{size}")
         if not shapes:

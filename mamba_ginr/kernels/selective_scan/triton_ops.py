@@ -26,7 +26,7 @@ from mamba_ginr.kernels.triton_tiles import (
 # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
 # Where fewer programs than PROGRAMS would run, sequences are cut into parts of at least PART_CHUNKS chunks: a GPU with
-# a few of its schedulers busy takes many times as long, and to find what a part begins with half a pass more.
+# a few of its schedulers busy takes many times as long. To find what a part begins with takes part of a pass more.
 PROGRAMS, PART_CHUNKS = 1024, 64
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
