@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Near = Callable[..., Tensor]  # (b, P, c), and what stands for patches beyond the border (0) → (b, ..., K, c)
 
 WHOLE = 16  # patches a side, up to which all are read, in one product: an image of 32×32 in patches of 2
+AT_ONCE, LEAST = 65_536, 4096  # queries without a gradient: of a batch, and at least of each of its images
 NEGLIGIBLE = 56.0  # e⁻⁵⁶: float32's last bit (e⁻¹⁷) where logits differ by 39, the most of the committed weights (38)
 
 
@@ -60,12 +61,18 @@ class NearLatents(nn.Module):
         """Whether these are the centres of the image's own pixels, in order; perhaps False where it does not matter."""
         return coords is own or (self.local and coords.shape == own.shape and torch.equal(coords, own))
 
-    def parts(self, coords: Tensor, own: bool, chunk: int | None = None) -> Iterator[tuple[Tensor, Near]]:
+    def parts(
+        self, coords: Tensor, own: bool, chunk: int | None = None, batch: int = 1
+    ) -> Iterator[tuple[Tensor, Near]]:
         """Coords (1 or B, Q, 2) in parts of about ``chunk`` queries, each with what it reads.
 
         ``own`` says that they are the centres of the image's own pixels, in raster order, which are then taken tile by
-        tile. A part is (1 or B, ..., q, 2), and what it reads (B, ..., K, c); without ``own`` q may be 1.
+        tile. ``chunk`` None: all at once if gradients are kept, which need all anyhow; else AT_ONCE of a ``batch`` of
+        images, which bounds the memory. A part is (1 or B, ..., q, 2), and what it reads (B, ..., K, c); without
+        ``own`` q may be 1.
         """
+        if not chunk and not torch.is_grad_enabled():
+            chunk = max(LEAST, AT_ONCE // max(1, batch))
         if self.local and own:
             rows = max(1, chunk // (self.tiles * self.pixels**2)) if chunk else self.tiles
             for first in range(0, self.tiles, rows):

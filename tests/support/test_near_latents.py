@@ -107,6 +107,19 @@ def test_parts_come_back_in_order(chunk):
         assert torch.equal(near.in_order(parts, own=False)[0], coords)
 
 
+def test_without_gradients_the_parts_bound_the_memory():
+    near, coords = NearLatents(256, 2, 10.0, grid=True), torch.zeros(1, 512**2, 2)
+    with torch.no_grad():
+        one, many = ([part.shape[1:3].numel() for part, _ in near.parts(coords, True, batch=b)] for b in (1, 64))
+        small = [part.shape[1] for part, _ in near.parts(torch.zeros(1, 1024, 2), False, batch=1000)]
+        asked = [part.shape[1] for part, _ in near.parts(coords, False, batch=2)]
+    assert (sum(one), max(one)) == (512**2, near_latents.AT_ONCE)
+    assert (sum(many), max(many)) == (512**2, near_latents.LEAST * 2)  # no less than a row of tiles
+    assert small == [1024]  # an image of 32 × 32 is decoded at once, whatever the batch
+    assert set(asked) == {near_latents.AT_ONCE // 2}
+    assert [part.shape[1:3].numel() for part, _ in near.parts(coords, True, batch=1)] == [512**2]
+
+
 def test_memory_of_a_query_does_not_grow_with_the_image():
     """As many logits to a query at 64 patches a side as at 32."""
     keys = []
