@@ -23,7 +23,7 @@ kernels = [
     *((scan.forward_kernel, {**flags, **sizes, "AHEAD": FORWARD["AHEAD"], **cut}) for cut in cuts),
     *((scan.backward_kernel, {**flags, **sizes, "PARTS": parts}) for parts in (False, True)),
     (triton_parts.carries_kernel, {**flags, **sizes}),
-    (triton_parts.join_kernel, {"BACKWARD": True, "COLUMNS": 32}),
+    (triton_parts.join_kernel, {"BACKWARD": True, "COLUMNS": 32, "AHEAD": 8}),
     (scan.unpack_kernel, {**packing, "DIRECTIONS": 2}),
     (tiles._sum_kernel, {"ROWS": 16, "COLUMNS": 32}),
     (conv._conv_forward_kernel, {**conv.CONV_FORWARD, "TAPS": 4}),

@@ -72,7 +72,12 @@ def test_triton_backend_at_odd_sizes(length, channels, d_state, dtype):
 @needs_triton
 @pytest.mark.parametrize(
     ("length", "programs", "least", "options", "directions", "parts"),
-    [(3 * 16, 100, 1, "all", 2, 3), (3 * 16 + 5, 4, 2, "all", 2, 2), (2 * 16 + 1, 100, 1, "plain", 1, 3)],
+    [
+        (3 * 16, 100, 1, "all", 2, 3),
+        (3 * 16 + 5, 4, 2, "all", 2, 2),
+        (2 * 16 + 1, 100, 1, "plain", 1, 3),
+        (10 * 16 + 1, 100, 1, "plain", 1, 11),
+    ],
 )
 def test_a_sequence_cut_into_parts_gives_what_it_gives_whole(
     monkeypatch, length, programs, least, options, directions, parts
@@ -98,13 +103,11 @@ def test_many_or_short_sequences_stay_whole():
         u, B = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 2, 16, device="meta")
         return operators._parts(u, torch.empty(1024, 16, device="meta"), B)
 
-    assert [parts(40, 512), parts(24, 512), parts(1, 1024)] == [
-        (1, 32),
-        (1, 32),
-        (1, 64),
-    ]  # a training step's, a short one
-    assert parts(1, 131_072) == (32, 256)  # an image of 512 × 512 pixels
-    assert parts(8, 32_768) == (4, 512)
+    whole = {(40, 512): 32, (24, 512): 32, (64, 2048): 128, (32, 8192): 512, (1, 1024): 64}  # chunks
+    assert {shape: parts(*shape) for shape in whole} == {shape: (1, chunks) for shape, chunks in whole.items()}
+    assert parts(16, 8192) == (8, 64)  # images of 128 × 128 pixels
+    assert parts(8, 32_768) == (16, 128)
+    assert parts(1, 131_072) == (128, 64)  # one of 512 × 512
     assert parts(1, 16 * 129) == (2, 65)  # 65 and 64 chunks
 
 

@@ -25,9 +25,10 @@ from mamba_ginr.kernels.triton_tiles import (
 
 # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
-# Where fewer programs than PROGRAMS would run, sequences are cut into parts of at least PART_CHUNKS chunks: a GPU with
-# a few of its schedulers busy takes many times as long. To find what a part begins with takes part of a pass more.
-PROGRAMS, PART_CHUNKS = 1024, 64
+# Where fewer programs than FEW would run, sequences are cut into parts of at least PART_CHUNKS chunks, for up to
+# PROGRAMS of them: a GPU with a few of its schedulers busy takes many times as long. To find what a part begins with
+# takes part of a pass more, however many parts there are.
+FEW, PROGRAMS, PART_CHUNKS = 1024, 4096, 64
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
 
@@ -68,7 +69,7 @@ def _chunks(u: Tensor) -> int:
 def _parts(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, int]:
     """Into how many parts the sequences are cut, and of how many chunks each is but the last."""
     chunks, programs = _chunks(u), max(1, len(u) * _blocks(A, B) * B.shape[2])
-    parts = max(1, min(PROGRAMS // programs, chunks // PART_CHUNKS))
+    parts = max(1, min(PROGRAMS // programs, chunks // PART_CHUNKS)) if programs < FEW else 1
     per_part = max(1, triton.cdiv(chunks, parts))
     return triton.cdiv(chunks, per_part), per_part
 
@@ -137,7 +138,7 @@ def _join(values: Tensor, totals: Tensor, A: Tensor, to: Tensor, places: int, ba
     batch, parts, d_state, channels = values.shape
     join_kernel[triton.cdiv(channels, SIZES["COLUMNS"]), d_state, batch](
         values, totals, A, to, to.stride(0), places * to.stride(1), parts, d_state, channels,
-        BACKWARD=backward, COLUMNS=SIZES["COLUMNS"], num_warps=1,
+        BACKWARD=backward, COLUMNS=SIZES["COLUMNS"], AHEAD=8, num_warps=1,
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from mamba_ginr.kernels.triton_tiles import read, rows_of, sigmoid, sum_of
 
 @triton.jit(do_not_specialize=["count"])
 def join_kernel(
-    values, totals, A, to, to_batch, to_part, count, d_state, channels, BACKWARD: tl.constexpr, COLUMNS: tl.constexpr,
+    values, totals, A, to, to_batch, to_part, count, d_state, channels,
+    BACKWARD: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From what each part gives alone, values (batch, parts, d_state, channels), what each begins with.
 
@@ -26,12 +27,19 @@ def join_kernel(
     n, batch, there = tl.program_id(1), tl.program_id(2).to(tl.int64), d < channels
     A_n, x = tl.load(A + n * channels + d, mask=there, other=0.0), tl.zeros([COLUMNS], tl.float32)
     to += batch * to_batch + n * channels + d
-    for i in range(count - 1):
-        part = count - 1 - i if BACKWARD else i
-        row = batch * count + part
-        decay = tl.exp2(tl.load(totals + row * channels + d, mask=there, other=0.0) * A_n)
-        x = tl.load(values + (row * d_state + n) * channels + d, mask=there, other=0.0) + decay * x
-        tl.store(to + (part - 1 if BACKWARD else part) * to_part, x, mask=there)
+    for i in range(0, count - 1, AHEAD):
+        queue = ()  # of several parts at once, since a load waits for the store before it
+        for k in tl.static_range(AHEAD):
+            row = batch * count + (count - 1 - i - k if BACKWARD else i + k)
+            here = there & (i + k < count - 1)
+            total = tl.load(totals + row * channels + d, mask=here, other=0.0)
+            value = tl.load(values + (row * d_state + n) * channels + d, mask=here, other=0.0)
+            queue = queue + ((tl.exp2(total * A_n), value),)
+        for k in tl.static_range(AHEAD):
+            decay, value = queue[k]
+            x = value + decay * x
+            place = count - 2 - i - k if BACKWARD else i + k
+            tl.store(to + place * to_part, x, mask=there & (i + k < count - 1))
 
 
 @triton.jit(do_not_specialize=["length", "per_part"])
