@@ -101,6 +101,7 @@ def growth(rows: list[dict], kind: str, patch_size: int, key: str, first: int = 
 def draw(results: dict, path: Path) -> None:
     """Time and memory of a pixel over the side of the image, and images a second over the number of GPUs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     gpus = results.get("gpus", [])
     panels = [
@@ -109,8 +110,9 @@ def draw(results: dict, path: Path) -> None:
     ]
     if ON_GPU:
         panels.append(("train_mib", "training: memory of a pixel (KiB)", 2**10))
-    figure = Figure(figsize=(4.2 * (len(panels) + bool(gpus)), 3.8), layout="constrained")
-    *axes, last = figure.subplots(1, len(panels) + bool(gpus), squeeze=False)[0]
+    count = len(panels) + bool(gpus)
+    figure = Figure(figsize=(8.8, 3.6 * -(-count // 2)), layout="constrained")
+    *axes, last = [figure.add_subplot(-(-count // 2), 2, 1 + i) for i in range(count)]
     for ax, (key, label, unit) in zip([*axes, last], panels):
         for (kind, marker), patch_size in itertools.product(zip(KINDS, ("o-", "s--")), PATCHES):
             rows = [r for r in results["rows"] if (r["kind"], r["patch_size"]) == (kind, patch_size) and key in r]
@@ -118,14 +120,20 @@ def draw(results: dict, path: Path) -> None:
             colour, name = f"C{PATCHES.index(patch_size) + 2 * KINDS.index(kind)}", f"{kind}, patches of {patch_size}"
             ax.loglog([r["side"] for r in rows], cost, marker, color=colour, label=name)
         ax.set(xlabel="pixels a side", ylabel=label, xticks=SIDES, xticklabels=map(str, SIDES))
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, high / 10), high)  # no small growth looks large
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     if gpus:
         count, speed = ([row[key] for row in gpus] for key in ("gpus", "images_per_s"))
         last.plot(count, speed, "o-", label="measured")
         last.plot(count, [n * speed[0] / count[0] for n in count], ":", color="grey", label="in proportion")
-        last.set(xlabel="GPUs, 64 images of 32×32 each", ylabel="images a second in training", xticks=count, ylim=0)
+        of = gpus[0].get("device", results["device"]).removeprefix("NVIDIA ")
+        last.set(xlabel=f"{of}s, 64 images of 32×32 each", ylabel="images a second in training", xticks=count, ylim=0)
         last.grid(alpha=0.3)
         last.legend(fontsize=8)
     figure.suptitle(f"{results['device']}, PyTorch {results['torch']}, {PIXELS:,} pixels at a time", fontsize=10)
@@ -137,7 +145,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES if ON_GPU else SIDES[:3])
     parser.add_argument("--patches", type=int, nargs="+", default=PATCHES)
     parser.add_argument("--kinds", nargs="+", default=KINDS)
-    parser.add_argument("--gpus", type=Path, help="a JSON list of {gpus, images_per_s}, to be drawn beside it")
+    parser.add_argument("--gpus", type=Path, help="a JSON list of {gpus, images_per_s, device}, to be drawn beside it")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high" if ON_GPU else "highest")
