@@ -77,7 +77,7 @@ def check_batch(
     if not 0 <= seed < 2**32:
         raise ValueError(f"SEED = {seed} must lie in 0 … 2³² − 1")
     if mosaics and queries < 1:
-        raise ValueError(f"SR_QUERIES = {queries}: mosaics are asked for at least one finer pixel")
+        raise ValueError(f"SR_QUERIES asks a mosaic for {queries} finer pixels: it must be over 0, or SR_FRACTION be 0")
     if not 0 <= hard + mosaics < batch_size or min(hard, mosaics) < 0 or (mosaics and not large_enough):
         raise ValueError(
             f"HARD_FRACTION and SR_FRACTION of BATCH_SIZE = {batch_size} make {hard} hard images and {mosaics} "

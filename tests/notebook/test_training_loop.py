@@ -57,6 +57,14 @@ def test_trained_weights_start_no_other_run(nb, tiny, data, tmp_path):
         nb.train(model, data, settings, {}, tmp_path)
 
 
+def test_larger_images_are_asked_for_as_many_finer_pixels_to_each_of_theirs(nb):
+    settings = SimpleNamespace(**{**SETTINGS, "SR_QUERIES": 2048})
+    for size, queries in ((32, 2048), (64, 4 * 2048), (16, 512)):
+        model = nb.MambaGINR(size, 4, 16, 1, d_state=2, expand=1, decoder_dim=16, head_dim=8, head_hidden=8)
+        sampler, _ = nb.set_up(model, torch.zeros(64, 3, size, size, dtype=torch.uint8), settings)
+        assert sampler(0, 0).coords.shape[1] == queries
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -65,7 +73,7 @@ def test_trained_weights_start_no_other_run(nb, tiny, data, tmp_path):
         ({"WARMUP_EPOCHS": 3}, "WARMUP_EPOCHS = 3 must be less than EPOCHS = 3"),
         ({"EPOCHS": 0}, "must be less than EPOCHS = 0"),
         ({"SR_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 2 hard images and 8 mosaics: they must leave an image"),
-        ({"SR_QUERIES": 0}, "SR_QUERIES = 0: mosaics are asked for at least one"),
+        ({"SR_QUERIES": 0}, "SR_QUERIES asks a mosaic for 0 finer pixels"),
         ({"GRADIENT_CLIP": 1.0}, "GRADIENT_CLIP = 1.0 must be over 1"),
         ({"SEED": 2**32}, "SEED = 4294967296 must lie in 0 … 2³² − 1"),
         ({"HARD_FRACTION": 1.0}, "of BATCH_SIZE = 8 make 8 hard images and 2 mosaics: they must leave an image"),
