@@ -31,6 +31,7 @@ SIZES = {"COLUMNS": 32, "CHUNK": 16}
 FEW, PROGRAMS, PART_CHUNKS = 1024, 4096, 64
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
+ALONE = {**FORWARD, "maxnreg": 96}  # of the pass that finds what each part gives alone: it needs no more
 
 
 def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
@@ -115,15 +116,17 @@ def scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
         # Without keep every chunk of a part writes its states over those of the chunk before.
         room = states if keep else A.new_empty(u.shape[0], parts, A.shape[1], u.shape[2])
         strides = (room.stride(0), room.stride(1) if keep else 0)
-        of_parts, cut = (per_part, 0 if keep else room.stride(1)), {"PARTS": parts > 1, **FORWARD}
+        of_parts = (per_part, 0 if keep else room.stride(1))
         if parts > 1:
             ends, totals = _room_for_parts(u, A, parts)
             after, alone = (totals, ends), (per_part, ends.stride(1))
             of_ends = (ends.stride(0), 0)
-            _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, ENDS=True, **cut)
+            flags = {"PARTS": True, "ENDS": True, **ALONE}
+            _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, **flags)
             begin = room[:, per_part - 1 :] if keep else room[:, 1:]  # the state before the second part
             _join(ends, totals, packed[0], begin, per_part if keep else 1, backward=False)
-        _launch(forward_kernel, (), inputs, packed, (out, room), strides, softplus, parts, of_parts, ENDS=False, **cut)
+        after, flags = (out, room), {"PARTS": parts > 1, "ENDS": False, **FORWARD}
+        _launch(forward_kernel, (), inputs, packed, after, strides, softplus, parts, of_parts, **flags)
     return out, states
 
 
