@@ -248,13 +248,22 @@ def main_on_several(notebook: Path, gpus: int) -> int:
         return launch(script, gpus, folder, f"the same command (make run GPUS={gpus})")
 
 
-if __name__ == "__main__":
-    arguments, gpus = sys.argv[1:], "1"
+def run(arguments: list[str]) -> int:
+    """Do what the command line asks for; the exit status."""
+    gpus = "1"
     if arguments[:1] == ["--gpus"]:
         gpus, arguments = "".join(arguments[1:2]), arguments[2:]
     if len(arguments) > 2 or any(argument.startswith("-") for argument in arguments) or not gpus.isdecimal():
         sys.exit(__doc__)
     source = Path(arguments[0]) if arguments else Path(__file__).resolve().parent / "mamba_ginr_cifar10.ipynb"
-    if int(gpus) > 1:
-        sys.exit(main_on_several(source, int(gpus)))
-    sys.exit(main(source, Path(arguments[1]) if len(arguments) > 1 else Path("runs") / source.name))
+    try:
+        if int(gpus) > 1:
+            return main_on_several(source, int(gpus))
+        return main(source, Path(arguments[1]) if len(arguments) > 1 else Path("runs") / source.name)
+    except KeyboardInterrupt:  # where no cell hears it
+        say("\nInterrupted while no cell was running.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

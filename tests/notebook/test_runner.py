@@ -233,3 +233,19 @@ def test_what_is_no_notebook_is_named(text, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         run_notebook.main(tmp_path / "a.ipynb", tmp_path / "out/b.ipynb")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--gpus", "2"]], ids=["one", "several"])
+def test_an_interrupt_before_the_first_cell_is_one_line(arguments, monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_notebook, "read", interrupted)
+    assert run_notebook.run(arguments) == 130
+    assert capsys.readouterr().err == "\nInterrupted while no cell was running.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--gpus"], ["--gpus", "two"], ["a", "b", "c"], ["--help"]], ids=" ".join)
+def test_a_command_that_is_none_is_shown_how_it_is_written(arguments):
+    with pytest.raises(SystemExit, match=r"usage: python run_notebook\.py \[--gpus N\]"):
+        run_notebook.run(arguments)
