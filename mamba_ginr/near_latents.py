@@ -68,8 +68,8 @@ class NearLatents(nn.Module):
 
         ``own`` says that they are the centres of the image's own pixels, in raster order, which are then taken tile by
         tile. ``chunk`` None: all at once if gradients are kept, which need all anyhow; else AT_ONCE of a ``batch`` of
-        images, which bounds the memory. A part is (1 or B, ..., q, 2), and what it reads (B, ..., K, c); without
-        ``own`` q may be 1.
+        images, but no less than LEAST of each, or than a row of tiles. A part is (1 or B, ..., q, 2), and what it
+        reads (B, ..., K, c); without ``own`` q may be 1.
         """
         if not chunk and not torch.is_grad_enabled():
             chunk = max(LEAST, AT_ONCE // max(1, batch))
@@ -102,10 +102,10 @@ class NearLatents(nn.Module):
     def _windows(self, first: int, last: int, x: Tensor, beyond: float = 0.0) -> Tensor:
         """(b, side², c) → (b, tiles, (tile + 2 reach)², c) of the tiles' rows ``first`` … ``last`` − 1."""
         reach, jut = self.reach, self.tiles * self.tile - self.side
-        grid = F.pad(
-            x.unflatten(1, (self.side, self.side)), (0, 0, reach, reach + jut, reach, reach + jut), value=beyond
-        )
-        grid = grid[:, first * self.tile : last * self.tile + 2 * reach]
+        top, bottom = first * self.tile - reach, last * self.tile + reach
+        rows = x.unflatten(1, (self.side, self.side))[:, max(top, 0) : bottom]
+        above, below = max(-top, 0), max(bottom - self.side, 0)
+        grid = F.pad(rows, (0, 0, reach, reach + jut, above, below), value=beyond)
         grid = self._with_margins(self._with_margins(grid, 1), 3)  # (b, rows, window, tiles, window, c)
         return rearrange(grid, "b y i x j c -> b (y x) (i j) c")
 

@@ -6,6 +6,7 @@ this one.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,28 @@ from torch import Tensor, nn
 from mamba_ginr.kernels.mlp import mlp
 
 
-def decode(
-    decoder: nn.Module, latents: Tensor, coords: Tensor, bias: Tensor, near: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """``decoder(near(latents), coords, bias)``, where ``near`` takes latents out of all, (B, P, c) → (B, ..., K, c).
+def decode(decoder: nn.Module, latents: Tensor) -> Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]:
+    """``f(coords, bias, near) = decoder(near(latents), coords, bias)``; ``near`` takes (B, P, c) → (B, ..., K, c).
 
     Latents (B, P, latent_dim), coords (1 or B, ..., Q, 2), bias (..., Q, K) → (B, ..., Q, 3).
     """
     # mix(cat[features, modulation]) in two parts: that of the features is shared, that of the modulation commutes.
-    width = decoder.fourier.width
+    width, attention = decoder.fourier.width, decoder.attention
     of_features, of_modulation = decoder.mix.weight.split([width, decoder.mix.in_features - width], dim=1)
+    # The weights of a query sum to 1, so linear maps (and to_out's bias) commute with the mean that they take:
+    # they are applied to P latents here, not to Q queries.
+    values = F.linear(attention.to_out(attention.to_v(latents)), of_modulation)
+    return partial(_decode, decoder, latents, values, of_features)
+
+
+def _decode(
+    decoder, latents: Tensor, values: Tensor, of_features: Tensor, coords: Tensor, bias: Tensor, near
+) -> Tensor:
     with torch.autocast(latents.device.type, enabled=False):
         features = decoder.fourier(coords)  # (1 or B, ..., Q, width)
         x = F.linear(features, of_features, decoder.mix.bias)
         query = decoder.to_query(features)
-    x = x + _attend(decoder.attention, query, latents, bias, near, of_modulation)
+    x = x + _weights(decoder.attention, query, near(latents), bias) @ near(values)
     for block in decoder.blocks:
         product, bias = mlp(x, block.layers[0], block.layers[2], "relu")
         x = x + (product + bias)
@@ -40,12 +48,9 @@ def decode(
         return torch.stack([(x * row).sum(-1) for row in to_rgb.weight], dim=-1) + to_rgb.bias
 
 
-def _attend(attention: nn.Module, queries: Tensor, latents: Tensor, bias: Tensor, near, then: Tensor) -> Tensor:
-    """Attention on ``near(latents)``, and the linear map ``then`` (out, dim): (B, ..., Q, out)."""
+def _weights(attention: nn.Module, queries: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+    """What each query (1 or B, ..., Q, dim) reads of the latents (B, ..., K, latent_dim): (B, ..., Q, K)."""
     with torch.autocast(latents.device.type, enabled=False):  # a logit of 8 in float16 is off by up to 0.4 %
         # q · (to_k latent) = (q to_k) · latent: the map goes to the queries, which the images share.
         queries = (attention.to_q(queries) * attention.scale) @ attention.to_k.weight  # (1 or B, ..., Q, latent_dim)
-        weights = (queries @ near(latents).mT + bias).softmax(dim=-1)  # (B, ..., Q, K)
-    # The weights of a query sum to 1, so linear maps (and to_out's bias) commute with the mean that they take:
-    # they are applied to P latents here, not to Q queries.
-    return weights @ near(F.linear(attention.to_out(attention.to_v(latents)), then))
+        return (queries @ latents.mT + bias).softmax(dim=-1)

@@ -61,6 +61,16 @@ def test_ones_own_grid_is_read_tile_by_tile_as_the_models_is(nb, pair, monkeypat
     assert torch.equal(near.decode(latents, nb.pixel_grid(40)), near.decode(latents, near.own_coords))
 
 
+def test_latents_are_mapped_once_for_all_parts(nb):
+    model, calls = nb.MambaGINR(40, 2, 16, 1, d_state=2, expand=1, decoder_dim=16, head_dim=8, head_hidden=8), []
+    model.decoder.attention.to_v.register_forward_hook(lambda *_: calls.append(1))
+    latents = torch.rand(2, 400, 16)
+    with torch.no_grad():
+        whole, parts = (model.decode(latents, model.own_coords, chunk) for chunk in (None, 100))
+    assert len(calls) == 2  # one for each of the two
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
 def test_the_reach_follows_the_bias():
     assert [reach_of(locality) for locality in (60.0, 10.0, 1.0)] == [1, 2, 7]
     assert reach_of(0.0) == math.inf
