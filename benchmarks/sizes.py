@@ -69,11 +69,11 @@ def measure(side: int, patch_size: int, kind: str, pixels: int = PIXELS) -> dict
     nb, count = notebook(), max(1, pixels // side**2)
     model = build(side, patch_size, kind)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=DEVICE)
-    pixels = images.float() / 255
+    inputs = images.float() / 255
 
     @torch.no_grad()
     def reconstruct():
-        return model(pixels, model.own_coords)
+        return model(inputs, model.own_coords)
 
     found = {"images": count, "infer_mib": added_mib(reconstruct), "infer_ms": replay_ms(reconstruct)}
     changes = {"BATCH_SIZE": count, "HARD_FRACTION": 0.0, "SR_FRACTION": 0.0, "COMPILE": ON_GPU}
@@ -129,11 +129,11 @@ def draw(results: dict, path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     if gpus:
-        count, speed = ([row[key] for row in gpus] for key in ("gpus", "images_per_s"))
-        last.plot(count, speed, "o-", label="measured")
-        last.plot(count, [n * speed[0] / count[0] for n in count], ":", color="grey", label="in proportion")
+        number, speed = ([row[key] for row in gpus] for key in ("gpus", "images_per_s"))
+        last.plot(number, speed, "o-", label="measured")
+        last.plot(number, [n * speed[0] / number[0] for n in number], ":", color="grey", label="in proportion")
         of = gpus[0].get("device", results["device"]).removeprefix("NVIDIA ")
-        last.set(xlabel=f"{of}s, 64 images of 32×32 each", ylabel="images a second in training", xticks=count, ylim=0)
+        last.set(xlabel=f"{of}s, 64 images of 32×32 each", ylabel="images a second in training", xticks=number, ylim=0)
         last.grid(alpha=0.3)
         last.legend(fontsize=8)
     figure.suptitle(f"{results['device']}, PyTorch {results['torch']}, {PIXELS:,} pixels at a time", fontsize=10)
