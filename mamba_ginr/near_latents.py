@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Near = Callable[..., Tensor]  # (b, P, c), and what stands for patches beyond the border (0) → (b, ..., K, c)
+Bias = Callable[[Tensor, Tensor], Tensor]  # (..., Q, 2) and (..., K, 2) → (..., Q, K), of their differences alone
 
 WHOLE = 16  # patches a side, up to which all are read, in one product: an image of 32×32 in patches of 2
 AT_ONCE, LEAST = 65_536, 4096  # queries without a gradient: of a batch, and at least of each of its images
@@ -56,39 +57,47 @@ class NearLatents(nn.Module):
             self.tiles, self.pixels = -(-side // self.tile), self.tile * patch_size
             centres = (torch.arange(self.tiles * self.pixels) + 0.5) / (side * patch_size)  # the last tiles may jut out
             self.register_buffer("rows", centres.view(self.tiles, self.pixels), persistent=False)
+            # The patches that a tile sees, from the corner of the tile.
+            patches = (torch.arange(-reach, self.tile + reach) + 0.5) / side
+            self.register_buffer("seen", torch.cartesian_prod(patches, patches), persistent=False)
 
     def are_own(self, coords: Tensor, own: Tensor) -> bool:
         """Whether these are the centres of the image's own pixels, in order; perhaps False where it does not matter."""
         return coords is own or (self.local and coords.shape == own.shape and torch.equal(coords, own))
 
     def parts(
-        self, coords: Tensor, own: bool, chunk: int | None = None, batch: int = 1
-    ) -> Iterator[tuple[Tensor, Near]]:
-        """Coords (1 or B, Q, 2) in parts of about ``chunk`` queries, each with what it reads.
+        self, coords: Tensor, centres: Tensor, bias_of: Bias, own: bool, chunk: int | None = None, batch: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Near]]:
+        """Coords (1 or B, Q, 2) in parts of about ``chunk`` queries, each with its bias and with what it reads.
 
-        ``own`` says that they are the centres of the image's own pixels, in raster order, which are then taken tile by
-        tile. ``chunk`` None: all at once if gradients are kept, which need all anyhow; else AT_ONCE of a ``batch`` of
-        images, but no less than LEAST of each, or than a row of tiles. A part is (1 or B, ..., q, 2), and what it
+        ``centres`` (1, P, 2) are those of the latents' patches. ``own`` says that the coords are the centres of the
+        image's own pixels, in raster order, which are then taken tile by tile. ``chunk`` None: all at once if gradients
+        are kept, which need all anyhow; else AT_ONCE of a ``batch`` of images, but no less than LEAST of each, or than
+        a row of tiles. A part is (1 or B, ..., q, 2), its bias (1 or B, ..., q, K), −inf beyond the border, and what it
         reads (B, ..., K, c); without ``own`` q may be 1.
         """
         if not chunk and not torch.is_grad_enabled():
             chunk = max(LEAST, AT_ONCE // max(1, batch))
         if self.local and own:
             rows = max(1, chunk // (self.tiles * self.pixels**2)) if chunk else self.tiles
+            # All tiles look alike, so that their biases do, up to the border.
+            bias = bias_of(torch.cartesian_prod(self.rows[0], self.rows[0]), self.seen)
+            inside = centres.new_zeros(1, self.side**2, 1)
             for first in range(0, self.tiles, rows):
                 last = min(first + rows, self.tiles)
                 y, x = self.rows[first:last].view(-1, 1, self.pixels, 1), self.rows.view(1, -1, 1, self.pixels)
                 part = torch.stack(torch.broadcast_tensors(y, x), dim=-1)  # (rows, tiles, pixels, pixels, 2)
-                yield part.flatten(2, 3).flatten(0, 1).unsqueeze(0), partial(self._windows, first, last)
+                near = partial(self._windows, first, last)
+                yield part.flatten(2, 3).flatten(0, 1).unsqueeze(0), bias + near(inside, -math.inf).mT, near
             return
         for part in coords.split(chunk or coords.shape[1], dim=1):
+            near = all_of
             if self.local:
                 offsets = torch.arange(-self.reach, self.reach + 1, device=part.device)
                 patch = (part.detach() * self.side).long().clamp(0, self.side - 1).unsqueeze(-2)
                 patches = patch + torch.cartesian_prod(offsets, offsets)  # (1 or B, Q, K, 2)
-                yield part.unsqueeze(-2), partial(self._around, patches)
-            else:
-                yield part, all_of
+                part, near = part.unsqueeze(-2), partial(self._around, patches)
+            yield part, bias_of(part, near(centres, math.inf)), near
 
     def in_order(self, results: list[Tensor], own: bool) -> Tensor:
         """What was computed of the parts, (B, ..., q, c) each → (B, Q, c), in the order of the coords."""

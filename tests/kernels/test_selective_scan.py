@@ -103,12 +103,12 @@ def test_many_or_short_sequences_stay_whole():
         u, B = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 2, 16, device="meta")
         return operators._parts(u, torch.empty(1024, 16, device="meta"), B)
 
-    whole = {(40, 512): 32, (24, 512): 32, (64, 2048): 128, (32, 8192): 512, (1, 1024): 64}  # chunks
+    whole = {(40, 512): 32, (24, 512): 32, (64, 2048): 128, (32, 8192): 512, (1, 512): 32}  # chunks
     assert {shape: parts(*shape) for shape in whole} == {shape: (1, chunks) for shape, chunks in whole.items()}
-    assert parts(16, 8192) == (8, 64)  # images of 128 × 128 pixels
-    assert parts(8, 32_768) == (16, 128)
-    assert parts(1, 131_072) == (128, 64)  # one of 512 × 512
-    assert parts(1, 16 * 129) == (2, 65)  # 65 and 64 chunks
+    assert parts(16, 8192) == (16, 32)  # images of 128 × 128 pixels
+    assert parts(8, 32_768) == (32, 64)
+    assert parts(1, 131_072) == (256, 32)  # one of 512 × 512
+    assert parts(1, 16 * 129) == (4, 33)  # three of 33 chunks and one of 30
 
 
 @needs_triton

@@ -28,10 +28,9 @@ SIZES = {"COLUMNS": 32, "CHUNK": 16}
 # Where no more programs than FEW would run, sequences are cut into parts of at least PART_CHUNKS chunks, for up to
 # PROGRAMS of them: a GPU with a few of its schedulers busy takes many times as long. To find what a part begins with
 # takes part of a pass more, however many parts there are.
-FEW, PROGRAMS, PART_CHUNKS = 512, 4096, 64
+FEW, PROGRAMS, PART_CHUNKS = 512, 8192, 32
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
-ALONE = {**FORWARD, "maxnreg": 96}  # of the pass that finds what each part gives alone: it needs no more
 
 
 def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, bidirectional) -> Tensor:
@@ -121,7 +120,7 @@ def scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
             ends, totals = _room_for_parts(u, A, parts)
             after, alone = (totals, ends), (per_part, ends.stride(1))
             of_ends = (ends.stride(0), 0)
-            flags = {"PARTS": True, "ENDS": True, **ALONE}
+            flags = {"PARTS": True, "ENDS": True, **FORWARD}
             _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, **flags)
             begin = room[:, per_part - 1 :] if keep else room[:, 1:]  # the state before the second part
             _join(ends, totals, packed[0], begin, per_part if keep else 1, backward=False)
