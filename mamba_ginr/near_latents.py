@@ -70,17 +70,17 @@ class NearLatents(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor, Near]]:
         """Coords (1 or B, Q, 2) in parts of about ``chunk`` queries, each with its bias and with what it reads.
 
-        ``centres`` (1, P, 2) are those of the latents' patches. ``own`` says that the coords are the centres of the
-        image's own pixels, in raster order, which are then taken tile by tile. ``chunk`` None: all at once if gradients
-        are kept, which need all anyhow; else AT_ONCE of a ``batch`` of images, but no less than LEAST of each, or than
-        a row of tiles. A part is (1 or B, ..., q, 2), its bias (1 or B, ..., q, K), −inf beyond the border, and what it
-        reads (B, ..., K, c); without ``own`` q may be 1.
+        ``centres`` (1, P, 2) are those of the latents' patches, in raster order if they lie on the grid. ``own`` says
+        that the coords are the centres of the image's own pixels, in raster order, which are then taken tile by tile.
+        ``chunk`` None: all at once if gradients are kept, which need all anyhow; else AT_ONCE of a ``batch`` of images,
+        but no less than LEAST of each, or than a row of tiles. A part is (1 or B, ..., q, 2), its bias
+        (1 or B, ..., q, K), −inf beyond the border, and what it reads (B, ..., K, c); without ``own`` q may be 1.
         """
         if not chunk and not torch.is_grad_enabled():
             chunk = max(LEAST, AT_ONCE // max(1, batch))
         if self.local and own:
             rows = max(1, chunk // (self.tiles * self.pixels**2)) if chunk else self.tiles
-            # All tiles look alike, so that their biases do, up to the border.
+            # Each tile sees its patches at the same offsets, so one bias serves all; beyond the border it is −inf.
             bias = bias_of(torch.cartesian_prod(self.rows[0], self.rows[0]), self.seen)
             inside = centres.new_zeros(1, self.side**2, 1)
             for first in range(0, self.tiles, rows):

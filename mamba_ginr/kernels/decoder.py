@@ -1,8 +1,8 @@
 """The fast form of the notebook's LAINRDecoder: the same parameters and numbers, with maps applied where they are few.
 
 A linear map and a mean over latents commute, so that maps of what attention reads are applied to the latents and not
-to the queries, which are four times as many. The text-book form is cell 6 of the notebook, against which cell 10 holds
-this one.
+to the queries, which are four times as many. The maps of the queries and that of the keys become one small matrix. The
+text-book form is cell 6 of the notebook, against which cell 10 holds this one.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,14 @@ def decode(decoder: nn.Module, latents: Tensor) -> Callable[[Tensor, Tensor, Cal
 
 
 def _decode(
-    decoder, latents: Tensor, values: Tensor, of_features: Tensor, to_query, coords: Tensor, bias: Tensor, near
+    decoder,
+    latents: Tensor,
+    values: Tensor,
+    of_features: Tensor,
+    to_query: tuple[Tensor, Tensor],
+    coords: Tensor,
+    bias: Tensor,
+    near,
 ) -> Tensor:
     with torch.autocast(latents.device.type, enabled=False):
         features = decoder.fourier(coords)  # (1 or B, ..., Q, width)

@@ -27,7 +27,7 @@ from mamba_ginr.kernels.triton_tiles import (
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
 # Where no more programs than FEW would run, sequences are cut into parts of at least PART_CHUNKS chunks, for up to
 # PROGRAMS of them: a GPU with a few of its schedulers busy takes many times as long. To find what a part begins with
-# takes part of a pass more, however many parts there are.
+# takes part of a pass more, and a little for each part.
 FEW, PROGRAMS, PART_CHUNKS = 512, 8192, 32
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
