@@ -12,8 +12,10 @@ import pytest
 import torch
 from tiny_runs import SETTINGS
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the runs that the tests start and end.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", lambda *_: None)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU, slowly, as tests need them
 
