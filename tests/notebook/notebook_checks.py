@@ -23,7 +23,11 @@ FAREWELL = re.compile(r"ERROR:tornado\.\S+:.*\nTraceback [^\n]*\n(?:[ \t][^\n]*\
 
 def without_farewell(stderr: str) -> str:
     """What a run wrote, less what its kernel's messaging reported as the kernel was shut down."""
-    return FAREWELL.sub(lambda found: "" if "ipykernel/kernelbase.py" in found[0] else found[0], stderr)
+
+    def kept(found: re.Match) -> str:
+        return "" if "ipykernel/kernelbase.py" in found[0] and ".flush()" in found[0] else found[0]
+
+    return FAREWELL.sub(kept, stderr)
 
 
 def check_outputs(path):

@@ -115,17 +115,15 @@ def scan_forward(inputs, softplus: bool, keep: bool) -> tuple[Tensor, Tensor]:
         # Without keep every chunk of a part writes its states over those of the chunk before.
         room = states if keep else A.new_empty(u.shape[0], parts, A.shape[1], u.shape[2])
         strides = (room.stride(0), room.stride(1) if keep else 0)
-        of_parts = (per_part, 0 if keep else room.stride(1))
+        of_parts, cut = (per_part, 0 if keep else room.stride(1)), {"PARTS": parts > 1, **FORWARD}
         if parts > 1:
             ends, totals = _room_for_parts(u, A, parts)
             after, alone = (totals, ends), (per_part, ends.stride(1))
             of_ends = (ends.stride(0), 0)
-            flags = {"PARTS": True, "ENDS": True, **FORWARD}
-            _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, **flags)
+            _launch(forward_kernel, (), inputs, packed, after, of_ends, softplus, parts, alone, ENDS=True, **cut)
             begin = room[:, per_part - 1 :] if keep else room[:, 1:]  # the state before the second part
             _join(ends, totals, packed[0], begin, per_part if keep else 1, backward=False)
-        after, flags = (out, room), {"PARTS": parts > 1, "ENDS": False, **FORWARD}
-        _launch(forward_kernel, (), inputs, packed, after, strides, softplus, parts, of_parts, **flags)
+        _launch(forward_kernel, (), inputs, packed, (out, room), strides, softplus, parts, of_parts, ENDS=False, **cut)
     return out, states
 
 
