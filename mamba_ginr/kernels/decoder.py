@@ -6,7 +6,6 @@ text-book form is cell 6 of the notebook, against which cell 10 holds this one.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,31 +29,22 @@ def decode(decoder: nn.Module, latents: Tensor) -> Callable[[Tensor, Tensor, Cal
     with torch.autocast(latents.device.type, enabled=False):
         read = attention.to_k.weight.T @ (attention.scale * attention.to_q.weight)
         to_query = read @ decoder.to_query.weight, read @ decoder.to_query.bias
-    return partial(_decode, decoder, latents, values, of_features, to_query)
 
+    def decode_part(coords: Tensor, bias: Tensor, near: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            features = decoder.fourier(coords)  # (1 or B, ..., Q, width)
+            x = F.linear(features, of_features, decoder.mix.bias)
+            # A logit of 8 in float16 is off by up to 0.4 %.
+            weights = (F.linear(features, *to_query) @ near(latents).mT + bias).softmax(dim=-1)  # (B, ..., Q, K)
+        x = x + weights @ near(values)
+        for block in decoder.blocks:
+            product, own_bias = mlp(x, block.layers[0], block.layers[2], "relu")
+            x = x + (product + own_bias)
+        to_rgb = decoder.to_rgb
+        with torch.autocast(latents.device.type, enabled=False):
+            if not x.is_cuda:
+                return to_rgb(x)
+            # Three sums, exact in float32, compiled into one pass with what precedes; a GPU's product would be TF32's.
+            return torch.stack([(x * row).sum(-1) for row in to_rgb.weight], dim=-1) + to_rgb.bias
 
-def _decode(
-    decoder,
-    latents: Tensor,
-    values: Tensor,
-    of_features: Tensor,
-    to_query: tuple[Tensor, Tensor],
-    coords: Tensor,
-    bias: Tensor,
-    near,
-) -> Tensor:
-    with torch.autocast(latents.device.type, enabled=False):
-        features = decoder.fourier(coords)  # (1 or B, ..., Q, width)
-        x = F.linear(features, of_features, decoder.mix.bias)
-        # A logit of 8 in float16 is off by up to 0.4 %.
-        weights = (F.linear(features, *to_query) @ near(latents).mT + bias).softmax(dim=-1)  # (B, ..., Q, K)
-    x = x + weights @ near(values)
-    for block in decoder.blocks:
-        product, bias = mlp(x, block.layers[0], block.layers[2], "relu")
-        x = x + (product + bias)
-    to_rgb = decoder.to_rgb
-    with torch.autocast(latents.device.type, enabled=False):
-        if not x.is_cuda:
-            return to_rgb(x)
-        # Three sums, exact in float32 and compiled into one pass with what precedes; a GPU's product would be TF32's.
-        return torch.stack([(x * row).sum(-1) for row in to_rgb.weight], dim=-1) + to_rgb.bias
+    return decode_part

@@ -25,7 +25,7 @@ def without_farewell(stderr: str) -> str:
     """What a run wrote, less what its kernel's messaging reported as the kernel was shut down."""
 
     def kept(found: re.Match) -> str:
-        return "" if "ipykernel/kernelbase.py" in found[0] and ".flush()" in found[0] else found[0]
+        return "" if "ipykernel/kernelbase.py" in found[0] and "sys.stderr.flush()" in found[0] else found[0]
 
     return FAREWELL.sub(kept, stderr)
 
