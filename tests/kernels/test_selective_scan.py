@@ -83,8 +83,8 @@ def test_a_sequence_cut_into_parts_gives_what_it_gives_whole(
     monkeypatch, length, programs, least, options, directions, parts
 ):
     operators = import_module("mamba_ginr.kernels.selective_scan.triton_ops")
-    monkeypatch.setattr(operators, "PROGRAMS", programs)
-    monkeypatch.setattr(operators, "PART_CHUNKS", least)
+    for name, value in {"WHOLE": 0, "PROGRAMS": programs, "PART_CHUNKS": least}.items():
+        monkeypatch.setattr(operators, name, value)
     inputs = make_inputs(length, OPTIONS[options], torch.float32, 1, directions=directions, device=DEVICE)
     B = inputs["B"] if directions == 2 else inputs["B"].unsqueeze(2)
     assert operators._parts(inputs["u"], inputs["A"], B)[0] == parts
@@ -103,12 +103,12 @@ def test_many_or_short_sequences_stay_whole():
         u, B = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 2, 16, device="meta")
         return operators._parts(u, torch.empty(1024, 16, device="meta"), B)
 
-    whole = {(40, 512): 32, (24, 512): 32, (64, 2048): 128, (32, 8192): 512, (1, 512): 32}  # chunks
+    whole = {(40, 512): 32, (24, 512): 32, (64, 2048): 128, (32, 8192): 512, (8, 512): 32, (1, 512): 32}  # chunks
     assert {shape: parts(*shape) for shape in whole} == {shape: (1, chunks) for shape, chunks in whole.items()}
-    assert parts(16, 8192) == (16, 32)  # images of 128 × 128 pixels
-    assert parts(8, 32_768) == (32, 64)
-    assert parts(1, 131_072) == (256, 32)  # one of 512 × 512
-    assert parts(1, 16 * 129) == (4, 33)  # three of 33 chunks and one of 30
+    assert parts(16, 8192) == (32, 16)  # images of 128 × 128 pixels
+    assert parts(8, 32_768) == (64, 32)
+    assert parts(1, 131_072) == (512, 16)  # one of 512 × 512
+    assert parts(1, 16 * 33) == (2, 17)  # one of 17 chunks and one of 16
 
 
 @needs_triton

@@ -25,10 +25,10 @@ from mamba_ginr.kernels.triton_tiles import (
 
 # Channels of a program, one to a thread, and steps of a chunk: of B and C together as many as there are threads.
 SIZES = {"COLUMNS": 32, "CHUNK": 16}
-# Where no more programs than FEW would run, sequences are cut into parts of at least PART_CHUNKS chunks, for up to
-# PROGRAMS of them: a GPU with a few of its schedulers busy takes many times as long. To find what a part begins with
-# takes part of a pass more, and a little for each part.
-FEW, PROGRAMS, PART_CHUNKS = 512, 8192, 32
+# Where no more programs than FEW would run, sequences of more than WHOLE chunks are cut into parts of at least
+# PART_CHUNKS, for up to PROGRAMS of them: a GPU with a few of its schedulers busy takes many times as long. To find
+# what a part begins with takes part of a pass more, and a little for each part.
+FEW, WHOLE, PROGRAMS, PART_CHUNKS = 512, 32, 16_384, 16
 # States read ahead; registers of a thread, so that all warps of the training step find room at once.
 FORWARD = {"AHEAD": 2, "maxnreg": 128}
 
@@ -69,7 +69,8 @@ def _chunks(u: Tensor) -> int:
 def _parts(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, int]:
     """Into how many parts the sequences are cut, and of how many chunks each is but the last."""
     chunks, programs = _chunks(u), max(1, len(u) * _blocks(A, B) * B.shape[2])
-    parts = max(1, min(PROGRAMS // programs, chunks // PART_CHUNKS)) if programs <= FEW else 1
+    cut = programs <= FEW and chunks > WHOLE
+    parts = max(1, min(PROGRAMS // programs, chunks // PART_CHUNKS)) if cut else 1
     per_part = max(1, triton.cdiv(chunks, parts))
     return triton.cdiv(chunks, per_part), per_part
 
