@@ -1,9 +1,13 @@
 """Interpolation that keeps means: a cubic spline through the cumulative sums of pixels."""
 
+import math
+
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
+
+from mamba_ginr.kernels.head import look_up
 
 
 class HistoSpline(nn.Module):
@@ -12,26 +16,50 @@ class HistoSpline(nn.Module):
     Pixels (B, 3, S, S), coords (1 or B, Q, 2), widths (1 or B,) in [0, 1] → (B, Q, 3). The mean over one of the image's
     own pixels is that pixel, over k × k finer ones too. Beyond the border the image does not count,
     and places there are those on it; widths below 1e-4 are 1e-4.
+
+    What is averaged is the sums' derivative, a quadratic spline. Its coefficients, (S + 2)², are found once for an
+    image; a query reads those around it, 4 × 4 where it asks for no more than one of the image's pixels.
     """
 
     def __init__(self, size: int):
         super().__init__()
         sums = np.vstack([np.zeros(size), np.tril(np.ones((size, size)))])  # of each pixel, up to each border
-        pieces = CubicSpline(np.arange(size + 1), sums, bc_type="natural").c  # (4, size, size): power, interval, pixel
-        self.register_buffer("pieces", torch.from_numpy(pieces).float(), persistent=False)
+        cubic, square, linear, _ = CubicSpline(np.arange(size + 1), sums, bc_type="natural").c  # (interval, pixel)
+        # On interval i the derivative is linear + 2 square t + 3 cubic t², by B-splines the coefficients i … i + 2.
+        before, after = linear - square, linear + square
+        last = 2 * (linear + 2 * square + 3 * cubic) - after
+        of_pixels = np.vstack([before, after[-1:], last[-1:]])  # (size + 2, size)
+        self.size = size
+        self.register_buffer("of_pixels", torch.from_numpy(of_pixels).float(), persistent=False)
 
-    def weights(self, centres: Tensor, widths: Tensor) -> Tensor:
-        """How much each pixel of a row or column counts in a mean: centres (b, Q, 2), widths (b,) → (b, Q, 2, S)."""
-        size, half = self.pieces.shape[1], widths.view(-1, 1, 1).clamp(min=1e-4) / 2
+    def weights(self, centres: Tensor, widths: Tensor, widest: int) -> tuple[Tensor, Tensor]:
+        """Along each axis the first coefficient that counts in a mean, and how much it and those after it count.
+
+        Centres (b, Q, 2), widths (b,) → (b, Q, 2) and (b, Q, 2, widest + 3).
+        """
+        half = widths.view(-1, 1, 1).clamp(min=1e-4) / 2
         centres = centres.clamp(0, 1)
-        ends = size * torch.stack([centres - half, centres + half]).clamp(0, 1)
-        piece, sums = ends.detach().long().clamp(max=size - 1), 0.0
-        t = (ends - piece).unsqueeze(-1)
-        for coefficients in self.pieces:
-            sums = sums * t + coefficients[piece]
-        return (sums[1] - sums[0]) / (ends[1] - ends[0]).unsqueeze(-1)
+        begin, end = (self.size * (centres + side).clamp(0, 1) for side in (-half, half))
+        first = begin.detach().long().clamp(max=self.size - 1)
+        taps = [0.0] * (widest + 3)
+        for interval in range(widest + 1):
+            low, high = ((x - first - interval).clamp(0, 1) for x in (begin, end))
+            share = (high - low) / (end - begin)
+            # Simpson's rule is exact for a quadratic.
+            for t, weight in ((low, 1 / 6), ((low + high) / 2, 2 / 3), (high, 1 / 6)):
+                for k, spline in enumerate(((1 - t).square() / 2, 0.5 + t * (1 - t), t.square() / 2)):
+                    taps[interval + k] = taps[interval + k] + weight * share * spline
+        return first, torch.stack(taps, dim=-1)
 
-    def forward(self, pixels: Tensor, coords: Tensor, widths: Tensor) -> Tensor:
-        of_rows, of_columns = self.weights(coords, widths).unbind(2)
-        lines = torch.einsum("bqr,bkrc->bqkc", of_rows.expand(len(pixels), -1, -1), pixels)
-        return (lines * of_columns.unsqueeze(2)).sum(-1)
+    def forward(self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int | None = None) -> Tensor:
+        """``widest``: the most pixels of the image that a width spans; None asks the widths, and waits for a GPU."""
+        widest = math.ceil(widths.max().item() * self.size) if widest is None else widest
+        widest = min(max(1, widest), self.size)
+        first, taps = self.weights(coords, widths, widest)
+        places = first.unsqueeze(-1) + torch.arange(widest + 3, device=first.device)
+        rows, columns = places.clamp(max=self.size + 1).unbind(2)  # (b, Q, taps); beyond the last none counts
+        index = (rows.unsqueeze(-1) * (self.size + 2) + columns.unsqueeze(-2)).flatten(2)
+        coefficients = (self.of_pixels @ pixels @ self.of_pixels.T).flatten(2).mT.contiguous()  # (B, (S + 2)², 3)
+        of_rows, of_columns = taps.unbind(2)
+        weights = (of_rows.unsqueeze(-1) * of_columns.unsqueeze(-2)).flatten(2)  # (b, Q, taps²), as index
+        return (look_up(coefficients, index) * weights.unsqueeze(-1)).sum(2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def trained(model):
@@ -45,13 +46,33 @@ def test_means_of_the_spline_are_the_pixels(nb):
     assert torch.allclose(wide[:, 1], pixels[:, :, :1, 3:5].mean((2, 3)), atol=1e-5)
 
 
-def test_the_spline_is_scipys(nb):
-    x, line = np.linspace(0.2, 0.8, 7), np.random.default_rng(0).random(8)
+@pytest.mark.parametrize("width", [0.1, 1 / 8, 1 / 64, 1e-3, 0.3, 0.77])
+def test_the_spline_is_scipys(nb, width):
+    """At the border, too, where a pixel that is asked for lies beyond it in part; and in both axes alike."""
+    x, line = np.linspace(0, 1, 33), np.random.default_rng(0).random(8)
     whole = CubicSpline(np.arange(9) / 8, np.cumsum([0, *line / 8]), bc_type="natural")
-    expected = (whole(x + 0.05) - whole(x - 0.05)) / 0.1
-    pixels = torch.from_numpy(line).float().expand(1, 3, 8, 8)
-    coords = torch.stack([torch.full((7,), 0.5), torch.from_numpy(x).float()], dim=1)[None]
-    assert np.allclose(nb.HistoSpline(8)(pixels, coords, torch.tensor([0.1]))[0, :, 0], expected, atol=1e-5)
+    begin, end = (x - width / 2).clip(0, 1), (x + width / 2).clip(0, 1)
+    expected = torch.from_numpy((whole(end) - whole(begin)) / (end - begin))
+    rows = torch.from_numpy(line).view(8, 1).expand(1, 3, 8, 8)
+    coords = torch.stack([torch.from_numpy(x), torch.full((33,), 0.4)], dim=1)[None]
+    spline, widths = nb.HistoSpline(8).double(), torch.tensor([width]).double()
+    assert torch.allclose(spline(rows, coords, widths)[0, :, 0], expected, atol=1e-6)
+    assert torch.allclose(spline(rows.mT, coords.flip(-1), widths)[0, :, 2], expected, atol=1e-6)
+    if width <= 1 / 8:
+        assert torch.equal(spline(rows, coords, widths, widest=1), spline(rows, coords, widths))
+
+
+def test_a_query_of_the_spline_costs_the_same_in_an_image_of_any_size(nb):
+    def work(size, queries):
+        pixels, coords = torch.zeros(1, 3, size, size), torch.zeros(1, queries, 2)
+        with FlopCounterMode(display=False) as counter, torch.profiler.profile(profile_memory=True) as profile:
+            nb.HistoSpline(size)(pixels, coords, torch.tensor([1 / size]))
+        return counter.get_total_flops(), sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+
+    few, many = ([work(size, queries) for size in (8, 64)] for queries in (100, 1100))
+    assert [flops for flops, _ in few] == [flops for flops, _ in many]  # products find the image's coefficients alone
+    small, large = (after - before for (_, before), (_, after) in zip(few, many))
+    assert small == large  # bytes that 1,000 queries add
 
 
 def test_the_head_answers_without_a_step(nb):
