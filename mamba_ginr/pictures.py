@@ -1,5 +1,9 @@
-"""Pictures of any size, of which crops of one size are taken where they lie: on the GPU, thousands at once."""
+"""Pictures of any size, of which crops of one size are taken where they lie: on the GPU, thousands at once.
 
+Where a GPU has no room for all of them, they stay in the computer's memory, and the crops alone go to the GPU.
+"""
+
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +15,11 @@ def shapes_of(pictures: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
     if torch.is_tensor(pictures):
         return len(pictures) * [tuple(pictures.shape[2:])]
     return [tuple(picture.shape[1:]) for picture in pictures]
+
+
+def room_for_pictures(device: torch.device) -> int:
+    """Bytes of pictures that may lie on ``device``: half of what a GPU has free, as a model needs room beside them."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else sys.maxsize
 
 
 class Pictures:
@@ -32,7 +41,7 @@ class Pictures:
             raise ValueError(f"pictures of {too_small[0]} pixels are smaller than crops of {size}×{size}")
         if not shapes:
             raise ValueError("no pictures")
-        self.size, self.exact = size, set(shapes) == {(size, size)}
+        self.size, self.exact, self.apart = size, set(shapes) == {(size, size)}, False
         self.pixels = (
             pictures.reshape(-1) if torch.is_tensor(pictures) else torch.cat([p.reshape(-1) for p in pictures])
         )
@@ -47,13 +56,22 @@ class Pictures:
         self.picture_of = picture_of
 
     def to(self, device: torch.device | str) -> "Pictures":
-        for name in ("pixels", "shapes", "starts", "picture_of"):
+        for name in ("shapes", "starts", "picture_of"):
             setattr(self, name, getattr(self, name).to(device))
+        self.apart = len(self.pixels) > room_for_pictures(self.device)
+        if not self.apart:
+            self.pixels = self.pixels.to(device)
+        else:
+            print(
+                f"Images: {len(self.pixels) / 2**30:.3g} GiB of pictures stay in the computer's memory, as the GPU has "
+                f"too little free; their crops go to it step by step."
+            )
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.pixels.device
+        """Where crops are wanted."""
+        return self.shapes.device
 
     def __len__(self) -> int:
         return len(self.picture_of)
@@ -67,7 +85,7 @@ class Pictures:
         if size > self.largest:
             raise ValueError(f"crops of {size}×{size} of pictures that have {self.largest} pixels at most")
         if self.exact:
-            return self.pixels.view(-1, 3, size, size)[which]
+            return self.pixels.view(-1, 3, size, size)[which.to(self.pixels.device)].to(self.device)
         picture = self.picture_of[which]
         shape, start = self.shapes[picture], self.starts[picture]
         room = shape - size  # (B, 2)
@@ -75,12 +93,22 @@ class Pictures:
             corner = room // 2
         else:
             corner = (torch.rand(room.shape, generator=generator, device=self.device) * (room + 1)).long().minimum(room)
+        if self.apart:
+            return self._cut(start.tolist(), shape.tolist(), corner.tolist(), size).to(self.device)
         along = torch.arange(size, device=self.device)
         rows, columns = (corner[:, axis, None] + along for axis in (0, 1))  # (B, size) each
         height, width = shape.view(-1, 2, 1, 1, 1).unbind(1)
         channel = torch.arange(3, device=self.device).view(3, 1, 1)
         index = (channel * height + rows[:, None, :, None]) * width + columns[:, None, None, :]
         return self.pixels[start.view(-1, 1, 1, 1) + index]
+
+    def _cut(self, starts: list[int], shapes: list[list[int]], corners: list[list[int]], size: int) -> Tensor:
+        """The same crops one by one, where the pictures lie: their places in them need more memory than the crops."""
+        crops = self.pixels.new_empty(len(starts), 3, size, size)
+        for crop, start, (height, width), (row, column) in zip(crops, starts, shapes, corners):
+            picture = self.pixels[start : start + 3 * height * width].view(3, height, width)
+            crop.copy_(picture[:, row : row + size, column : column + size])
+        return crops
 
     def pieces(self, reduction: int) -> tuple[int, Tensor]:
         """The fewest pieces a side that make up ``reduction`` · size pixels, and the crops that are large enough.
