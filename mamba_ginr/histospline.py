@@ -10,6 +10,26 @@ from torch import Tensor, nn
 from mamba_ginr.kernels.head import look_up
 
 
+def widths_and_widest(pixel_width: float | Tensor, pixels: Tensor, widest: int = 0) -> tuple[Tensor, int]:
+    """Widths (1 or B,) beside ``pixels`` (B, 3, S, S), and the most of these pixels that one of them spans.
+
+    ``pixel_width`` is a number or one for each image. Where ``widest`` is known it is not looked up, which waits for a
+    GPU. ValueError for a width that is negative or not finite.
+    """
+    size = pixels.shape[-1]
+    if not widest:
+        if isinstance(pixel_width, Tensor):
+            least, largest = (value.item() for value in pixel_width.aminmax())
+        else:
+            least = largest = pixel_width
+        if not 0 <= least <= largest < math.inf:
+            raise ValueError(f"pixel_width must be finite and not negative, in the units of the coords: {pixel_width}")
+        widest = math.ceil(largest * size)
+    dtype = torch.promote_types(pixels.dtype, torch.float32)
+    widths = torch.as_tensor(pixel_width, dtype=dtype, device=pixels.device).view(-1)
+    return widths, min(max(1, widest), size)
+
+
 class HistoSpline(nn.Module):
     """Means over pixels of any width, from the pixels of an image: the spline that interpolates their cumulative sums.
 
@@ -51,10 +71,9 @@ class HistoSpline(nn.Module):
                     taps[interval + k] = taps[interval + k] + weight * share * spline
         return first, torch.stack(taps, dim=-1)
 
-    def forward(self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int | None = None) -> Tensor:
-        """``widest``: the most pixels of the image that a width spans; None asks the widths, and waits for a GPU."""
-        widest = math.ceil(widths.max().item() * self.size) if widest is None else widest
-        widest = min(max(1, widest), self.size)
+    def forward(self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int = 0) -> Tensor:
+        """``widest`` as of ``widths_and_widest``."""
+        widths, widest = widths_and_widest(widths, pixels, widest)
         first, taps = self.weights(coords, widths, widest)
         places = first.unsqueeze(-1) + torch.arange(widest + 3, device=first.device)
         rows, columns = places.clamp(max=self.size + 1).unbind(2)  # (b, Q, taps); beyond the last none counts

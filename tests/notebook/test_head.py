@@ -62,6 +62,12 @@ def test_the_spline_is_scipys(nb, width):
         assert torch.equal(spline(rows, coords, widths, widest=1), spline(rows, coords, widths))
 
 
+@pytest.mark.parametrize("width", [-0.1, float("nan"), float("inf"), torch.tensor([0.1, float("nan")])], ids=str)
+def test_a_width_without_a_meaning_is_refused(tiny, width):
+    with pytest.raises(ValueError, match="pixel_width must be finite and not negative"):
+        tiny()(torch.zeros(2, 3, 8, 8), torch.zeros(1, 2), width)
+
+
 def test_a_query_of_the_spline_costs_the_same_in_an_image_of_any_size(nb):
     def work(size, queries):
         pixels, coords = torch.zeros(1, 3, size, size), torch.zeros(1, queries, 2)
