@@ -4,6 +4,7 @@ import http.client
 import os
 import pickle
 import socket
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -271,13 +272,21 @@ def load_data(
     if torch.is_tensor(train):
         rest = rest[: max_train or None]
     tested = torch.linspace(0, len(test) - 1, min(max_test or len(test), len(test))).long()
-    held_out = Pictures(chosen(train, held_out), size, many=False).to(device)
-    return ImageData(
-        name,
-        Pictures(chosen(train, rest), size, most=max_train).to(device),
-        held_out.crops(torch.arange(len(held_out), device=held_out.device)),
-        Pictures(chosen(test, tested), size, many=False).to(device),
-    )
+    sets = (chosen(train, held_out), False, 0), (chosen(train, rest), True, max_train), (chosen(test, tested), False, 0)
+    pictures = [Pictures(images, size, many, most) for images, many, most in sets]
+    needed, room = sum(len(each.pixels) for each in pictures), room_for_pictures(torch.device(device))
+    if needed > room:
+        print(
+            f"Images: {needed / 2**30:.3g} GiB of pictures stay in the computer's memory, as they would take over half "
+            f"of what the GPU has free. Crops to train on go to it step by step."
+        )
+    held_out, train, test = (each.to(device, apart=needed > room) for each in pictures)
+    return ImageData(name, train, held_out.crops(torch.arange(len(held_out), device=held_out.device)), test)
+
+
+def room_for_pictures(device: torch.device) -> int:
+    """Bytes of pictures that may lie on ``device``: half of what a GPU has free, as a model needs room beside them."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else sys.maxsize
 
 
 def chosen(images: Tensor | list[Tensor], which: Tensor) -> Tensor | list[Tensor]:

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from mamba_ginr.kernels.head import look_up
 
 
-def widths_and_widest(pixel_width: float | Tensor, pixels: Tensor, widest: int = 0) -> tuple[Tensor, int]:
+def widths_and_widest(pixel_width, pixels: Tensor, widest: int = 0) -> tuple[Tensor, int]:
     """Widths (1 or B,) beside ``pixels`` (B, 3, S, S), and the most of these pixels that one of them spans.
 
     ``pixel_width`` is a number or one for each image. Where ``widest`` is known it is not looked up, which waits for a
-    GPU. ValueError for a width that is negative or not finite.
+    GPU; one that is too small gives wrong means. ValueError for a width that is negative or not finite.
     """
-    size = pixels.shape[-1]
+    size, is_number = pixels.shape[-1], isinstance(pixel_width, int | float)
+    if not is_number:
+        pixel_width = torch.as_tensor(pixel_width)
     if not widest:
-        if isinstance(pixel_width, Tensor):
+        least = largest = pixel_width if is_number else 0
+        if not is_number and pixel_width.numel():
             least, largest = (value.item() for value in pixel_width.aminmax())
-        else:
-            least = largest = pixel_width
         if not 0 <= least <= largest < math.inf:
             raise ValueError(f"pixel_width must be finite and not negative, in the units of the coords: {pixel_width}")
         widest = math.ceil(largest * size)
@@ -37,8 +38,8 @@ class HistoSpline(nn.Module):
     own pixels is that pixel, over k × k finer ones too. Beyond the border the image does not count,
     and places there are those on it; widths below 1e-4 are 1e-4.
 
-    What is averaged is the sums' derivative, a quadratic spline. Its coefficients, (S + 2)², are found once for an
-    image; a query reads those around it, 4 × 4 where it asks for no more than one of the image's pixels.
+    What is averaged is the sums' derivative, a quadratic spline. Its (S + 2)² coefficients are found once a call, by
+    products that are as exact as PyTorch is told to multiply. A query reads those around it: 4 × 4 for a finer pixel.
     """
 
     def __init__(self, size: int):
@@ -60,10 +61,13 @@ class HistoSpline(nn.Module):
         half = widths.view(-1, 1, 1).clamp(min=1e-4) / 2
         centres = centres.clamp(0, 1)
         begin, end = (self.size * (centres + side).clamp(0, 1) for side in (-half, half))
-        first = begin.detach().long().clamp(max=self.size - 1)
+        first = begin.detach().long().clamp(0, self.size - 1)
         taps = [0.0] * (widest + 3)
         for interval in range(widest + 1):
-            low, high = ((x - first - interval).clamp(0, 1) for x in (begin, end))
+            low = begin - first if interval == 0 else torch.zeros_like(begin)
+            high = end - first - interval
+            # An end on the border of two intervals has its gradient in the first of them.
+            high = torch.where((high > 0) & (high <= 1), high, high.detach().clamp(0, 1))
             share = (high - low) / (end - begin)
             # Simpson's rule is exact for a quadratic.
             for t, weight in ((low, 1 / 6), ((low + high) / 2, 2 / 3), (high, 1 / 6)):
@@ -71,14 +75,32 @@ class HistoSpline(nn.Module):
                     taps[interval + k] = taps[interval + k] + weight * share * spline
         return first, torch.stack(taps, dim=-1)
 
-    def forward(self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int = 0) -> Tensor:
-        """``widest`` as of ``widths_and_widest``."""
+    def forward(
+        self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int = 0, chunk: int | None = None
+    ) -> Tensor:
+        """``chunk`` queries at a time; ``widest``, and what it raises, as of ``widths_and_widest``."""
         widths, widest = widths_and_widest(widths, pixels, widest)
-        first, taps = self.weights(coords, widths, widest)
-        places = first.unsqueeze(-1) + torch.arange(widest + 3, device=first.device)
-        rows, columns = places.clamp(max=self.size + 1).unbind(2)  # (b, Q, taps); beyond the last none counts
+        coefficients = (
+            (self.of_pixels @ pixels @ self.of_pixels.T).permute(0, 2, 3, 1).contiguous()
+        )  # (B, S + 2, S + 2, 3)
+        # Where a query asks for much of the image, products with all of it are less work than looking up.
+        local = widest == 1 or (widest + 3) ** 2 <= self.size + 2
+        read = self._look_up if local else self._multiply
+        parts = coords.split(chunk or max(1, coords.shape[1]), dim=1)
+        return torch.cat([read(coefficients, *self.weights(part, widths, widest)) for part in parts], dim=1)
+
+    def _places(self, first: Tensor, taps: Tensor) -> Tensor:
+        """Of each tap its coefficient: (b, Q, 2, taps); beyond the last none counts."""
+        return (first.unsqueeze(-1) + torch.arange(taps.shape[-1], device=first.device)).clamp(max=self.size + 1)
+
+    def _look_up(self, coefficients: Tensor, first: Tensor, taps: Tensor) -> Tensor:
+        (rows, columns), (of_rows, of_columns) = self._places(first, taps).unbind(2), taps.unbind(2)
         index = (rows.unsqueeze(-1) * (self.size + 2) + columns.unsqueeze(-2)).flatten(2)
-        coefficients = (self.of_pixels @ pixels @ self.of_pixels.T).flatten(2).mT.contiguous()  # (B, (S + 2)², 3)
-        of_rows, of_columns = taps.unbind(2)
         weights = (of_rows.unsqueeze(-1) * of_columns.unsqueeze(-2)).flatten(2)  # (b, Q, taps²), as index
-        return (look_up(coefficients, index) * weights.unsqueeze(-1)).sum(2)
+        return (look_up(coefficients.flatten(1, 2), index) * weights.unsqueeze(-1)).sum(2)
+
+    def _multiply(self, coefficients: Tensor, first: Tensor, taps: Tensor) -> Tensor:
+        whole = taps.new_zeros(*taps.shape[:-1], self.size + 2).scatter_add(-1, self._places(first, taps), taps)
+        of_rows, of_columns = whole.expand(len(coefficients), -1, -1, -1).unbind(2)
+        lines = torch.einsum("bqr,brck->bqck", of_rows, coefficients)
+        return (lines * of_columns.unsqueeze(-1)).sum(2)

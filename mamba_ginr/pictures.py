@@ -3,7 +3,6 @@
 Where a GPU has no room for all of them, they stay in the computer's memory, and the crops alone go to the GPU.
 """
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -15,11 +14,6 @@ def shapes_of(pictures: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
     if torch.is_tensor(pictures):
         return len(pictures) * [tuple(pictures.shape[2:])]
     return [tuple(picture.shape[1:]) for picture in pictures]
-
-
-def room_for_pictures(device: torch.device) -> int:
-    """Bytes of pictures that may lie on ``device``: half of what a GPU has free, as a model needs room beside them."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else sys.maxsize
 
 
 class Pictures:
@@ -55,17 +49,12 @@ class Pictures:
             picture_of = picture_of[drawn[:most]]
         self.picture_of = picture_of
 
-    def to(self, device: torch.device | str) -> "Pictures":
-        for name in ("shapes", "starts", "picture_of"):
-            setattr(self, name, getattr(self, name).to(device))
-        self.apart = len(self.pixels) > room_for_pictures(self.device)
-        if not self.apart:
-            self.pixels = self.pixels.to(device)
-        else:
-            print(
-                f"Images: {len(self.pixels) / 2**30:.3g} GiB of pictures stay in the computer's memory, as the GPU has "
-                f"too little free; their crops go to it step by step."
-            )
+    def to(self, device: torch.device | str, apart: bool = False) -> "Pictures":
+        """Crops are then on ``device``; the pictures, too, unless they are to stay ``apart``, where they are."""
+        self.apart = apart
+        for name in ("shapes", "starts", "picture_of", "pixels"):
+            if not (apart and name == "pixels"):
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     @property

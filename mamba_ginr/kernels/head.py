@@ -19,7 +19,12 @@ class LinearOfFew(nn.Linear):
 
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of (B, P, C) by their numbers (1 or B, Q, n) → (B, Q, n, C); with a backward pass that is quick on a GPU."""
+    """Rows of (B, P, C) by their numbers (1 or B, Q, n) → (B, Q, n, C); with a backward pass that is quick on a GPU.
+
+    ValueError where the numbers are those of another count of images.
+    """
+    if len(index) not in (1, len(values)):
+        raise ValueError(f"coords of {len(index)} images were given for {len(values)}: as many are needed, or one")
     if len(index) == 1:
         return values.index_select(1, index.flatten()).unflatten(1, index.shape[1:])
     index = index + values.shape[1] * torch.arange(len(index), device=index.device).view(-1, 1, 1)

@@ -58,8 +58,48 @@ def test_the_spline_is_scipys(nb, width):
     spline, widths = nb.HistoSpline(8).double(), torch.tensor([width]).double()
     assert torch.allclose(spline(rows, coords, widths)[0, :, 0], expected, atol=1e-6)
     assert torch.allclose(spline(rows.mT, coords.flip(-1), widths)[0, :, 2], expected, atol=1e-6)
-    if width <= 1 / 8:
-        assert torch.equal(spline(rows, coords, widths, widest=1), spline(rows, coords, widths))
+    known = spline(rows, coords, widths, widest=1 if width <= 1 / 8 else 7, chunk=5)
+    assert torch.allclose(known, spline(rows, coords, widths), atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1, 4), (2, 4), (4, 4), (0.5, 6), (0.5, 34)])
+def test_gradients_of_the_spline_are_right_on_the_borders_of_pixels(nb, scale, size):
+    """Both ends of most pixels that one asks for lie there, and two intervals might count such an end, or none."""
+    torch.manual_seed(0)
+    spline, pixels = nb.HistoSpline(size).double(), torch.rand(2, 3, size, size).double().requires_grad_(size < 9)
+    grid = nb.pixel_grid(round(scale * size)).double()
+    widths = torch.tensor([1 / (scale * size)]).double().requires_grad_()
+    away = 0.5 - widths.item() / 2 - 1e-3  # from the middle: at the image's own border a mean has a bend
+    inner = grid[((grid - 0.5).abs() < away).all(1)][:6].unsqueeze(0).requires_grad_()
+    widest = round(max(1, 1 / scale))
+    assert torch.autograd.gradcheck(lambda *inputs: spline(*inputs, widest=widest + 1), (pixels, inner, widths))
+    if scale >= 1:
+        assert torch.autograd.gradcheck(lambda c: spline(pixels, c, widths, widest=1), (inner,))
+
+
+@pytest.mark.parametrize("kind", [float, list, tuple, np.array, torch.tensor])
+def test_a_width_is_a_number_or_one_for_each_image(tiny, kind):
+    model, images, coords = trained(tiny()), torch.rand(2, 3, 8, 8), torch.rand(5, 2)
+    widths = 1 / 16 if kind is float else kind([1 / 16, 1 / 32])
+    with torch.no_grad():
+        both = model(images, coords, widths)
+        for i, width in enumerate((1 / 16, 1 / 16 if kind is float else 1 / 32)):
+            assert torch.allclose(both[i], model(images[i : i + 1], coords, width)[0], atol=1e-6)
+        assert model(images[:0], coords, widths if kind is float else widths[:0]).shape == (0, 5, 3)
+
+
+def test_coords_of_another_count_of_images_are_refused(nb, tiny):
+    with pytest.raises(ValueError, match="coords of 2 images were given for 3: as many are needed, or one"):
+        tiny()(torch.zeros(3, 3, 8, 8), torch.zeros(2, 5, 2), 1 / 16)
+    with pytest.raises(ValueError, match="coords of 2 images were given for 1"):
+        nb.HistoSpline(8)(torch.zeros(1, 3, 8, 8), torch.zeros(2, 5, 2), torch.tensor([1 / 16]))
+
+
+def test_a_coordinate_that_is_not_a_number_gives_no_other_a_wrong_colour(nb):
+    pixels, coords = torch.rand(1, 3, 8, 8), torch.full((1, 3, 2), 0.4)
+    coords[0, 1, 0] = coords[0, 2, 1] = float("nan")
+    rgb = nb.HistoSpline(8)(pixels, coords, torch.tensor([1 / 16]))[0]
+    assert rgb.isnan().all(1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("width", [-0.1, float("nan"), float("inf"), torch.tensor([0.1, float("nan")])], ids=str)

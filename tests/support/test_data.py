@@ -51,6 +51,20 @@ def test_a_folder_of_larger_pictures_is_a_training_set(nb, tmp_path, capsys):
     assert torch.equal(data.test[1], torch.from_numpy(last.copy()).permute(2, 0, 1))
 
 
+def test_pictures_that_a_gpu_has_no_room_for_stay_in_memory(nb, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "mine", {"train/a": 12, "test/a": 3}, (40, 24))
+    whole = nb.load_data("folder", str(tmp_path / "mine"), 1000, 0, 2, 0, "cpu", 16)
+    assert "stay in the computer's memory" not in capsys.readouterr().out
+    monkeypatch.setattr("mamba_ginr.data.room_for_pictures", lambda device: 14 * 3 * 40 * 24 - 1)  # of all three sets
+    apart = nb.load_data("folder", str(tmp_path / "mine"), 1000, 0, 2, 0, "cpu", 16)
+    assert "GiB of pictures stay in the computer's memory" in capsys.readouterr().out
+    assert (whole.train.apart, apart.train.apart) == (False, True)
+    assert torch.equal(whole.held_out, apart.held_out)
+    assert torch.equal(whole.test, apart.test)
+    batches = [nb.Sampler(data.train, 8, 2, 2, 5, 0)(0, 1) for data in (whole, apart)]
+    assert all(torch.equal(*pair) for pair in zip(*batches))
+
+
 def test_cifar10_has_one_size(nb, fake_cifar10, tmp_path, capsys):
     with pytest.raises(ValueError, match="IMAGE_SIZE = 64: CIFAR-10's images are 32×32"):
         nb.load_data("cifar10", str(tmp_path), 100, 0, 0, 0, "cpu", 64)
