@@ -76,13 +76,12 @@ class HistoSpline(nn.Module):
         return first, torch.stack(taps, dim=-1)
 
     def forward(
-        self, pixels: Tensor, coords: Tensor, widths: Tensor, widest: int = 0, chunk: int | None = None
+        self, pixels: Tensor, coords: Tensor, widths: Tensor | float, widest: int = 0, chunk: int | None = None
     ) -> Tensor:
-        """``chunk`` queries at a time; ``widest``, and what it raises, as of ``widths_and_widest``."""
+        """``chunk`` queries at a time; ``widths``, ``widest`` and errors as of ``widths_and_widest``."""
         widths, widest = widths_and_widest(widths, pixels, widest)
-        coefficients = (
-            (self.of_pixels @ pixels @ self.of_pixels.T).permute(0, 2, 3, 1).contiguous()
-        )  # (B, S + 2, S + 2, 3)
+        coefficients = self.of_pixels @ pixels @ self.of_pixels.T
+        coefficients = coefficients.permute(0, 2, 3, 1).contiguous()  # (B, S + 2, S + 2, 3)
         # Where a query asks for much of the image, products with all of it are less work than looking up.
         local = widest == 1 or (widest + 3) ** 2 <= self.size + 2
         read = self._look_up if local else self._multiply

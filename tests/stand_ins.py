@@ -38,6 +38,6 @@ class Interpolation(torch.nn.Module):
     def own_pixels(self, latents, chunk=None):
         return self.decode(latents, self.own_coords, chunk).transpose(1, 2).unflatten(2, (8, 8))
 
-    def decode_finer(self, latents, own, coords, pixel_width, chunk=None, widest=None):
+    def decode_finer(self, latents, own, coords, pixel_width, chunk=None):
         assert torch.allclose(own, latents, atol=1e-6)
-        return self.decode(latents, coords, chunk, pixel_width.item())
+        return self.decode(latents, coords, chunk, pixel_width)
