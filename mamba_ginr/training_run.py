@@ -41,9 +41,9 @@ class Run:
     """A training run that can stop at any step and go on: counters, losses, history, and the files that keep them.
 
     Every ``WATCH`` steps it looks back. Where ``SEVERAL`` losses or the last one were not finite, or they are ``FALL``
-    dB above their lowest (those of the images' own pixels), the weights of the look before the last good one come back,
-    and the rate is halved; it is whole again after ten good looks. The steps go on counting. FloatingPointError after
-    ten such falls in a row.
+    dB above their lowest at the whole rate (those of the images' own pixels), the weights of the look before the last
+    good one come back, and the rate is halved; it is whole again after ten good looks. At a lower rate losses are lower,
+    and they rise again with it: that is no fall. The steps go on counting. FloatingPointError after ten falls in a row.
 
     ``train_step`` is a ``ResumableStep``.
 
@@ -67,7 +67,7 @@ class Run:
         self.state_path, self.best_path = (folder / f"mamba_ginr{suffix}_{n}.pth" for n in ("state", "best"))
         self.epoch, self.step, self.history, self.peak_memory_gib = 0, 0, [], 0.0
         self.seconds, self.step_seconds = 0.0, 0.0  # of the whole run; in the steps of the running epoch
-        self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB
+        self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB, at the whole rate
         self.falls, self.returns, self.watched = 0, 0, 0  # in a row; in all; the step of the last look
         self.saver, self.best, self.saved_at = Saver(), None, -math.inf  # best: a checkpoint that is yet to be written
         self.device = next(self.model.parameters()).device
@@ -149,7 +149,8 @@ class Run:
         weights = [*self.model.parameters(), *self.average.parameters()]
         sound = math.isfinite(nn.utils.get_total_norm([w.detach() for w in weights]))
         if sound and lost.sum() < self.SEVERAL and not lost[-1] and worst < self.lowest + self.FALL:
-            self.lowest = min(self.lowest, level) if len(recent) >= fewest else self.lowest
+            if len(recent) >= fewest and self.caution == 1:
+                self.lowest = min(self.lowest, level)
             self.watched, self.falls, self.caution = self.step, 0, min(1.0, self.caution * 2**0.1)
             self.keep()
             return

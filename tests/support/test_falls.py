@@ -138,6 +138,27 @@ def test_near_zero_a_rise_is_no_fall(nb, tiny, batch_of, tmp_path):
         assert run.returns == returns
 
 
+def test_losses_that_rise_with_the_rate_are_no_fall(nb, tiny, batch_of, tmp_path):
+    """After a fall the rate is halved, the losses go down with it, and up again: to where they were, and no further."""
+    model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
+    step(batch, 1e-3)
+    run, usual = nb.Run(step, 10_000, {}, tmp_path), 3e-5
+
+    def look(loss):
+        for _ in range(run.WATCH):
+            run.record(torch.full((2,), loss))
+
+    look(usual), look(usual), look(100 * usual)
+    assert (run.returns, run.caution) == (1, 0.5)
+    for _ in range(11):
+        look(usual * run.caution**4)  # −12 dB at half the rate
+    assert (run.returns, run.falls, run.caution) == (1, 0, 1)
+    assert run.lowest == pytest.approx(10 * math.log10(usual))
+    look(100 * usual), look(usual / 16), look(5 * usual)  # 7 dB above what it was, at half the rate
+    assert (run.returns, run.falls, run.caution) == (3, 1, pytest.approx(2**0.1 / 4))
+
+
 def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
     model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
     step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
