@@ -40,10 +40,11 @@ class ResumableStep:
 class Run:
     """A training run that can stop at any step and go on: counters, losses, history, and the files that keep them.
 
-    Every ``WATCH`` steps it looks back. Where ``SEVERAL`` losses or the last one were not finite, or they are ``FALL``
-    dB above their lowest at the whole rate (those of the images' own pixels), the weights of the look before the last
-    good one come back, and the rate is halved; it is whole again after ten good looks. At a lower rate losses are lower,
-    and they rise again with it: that is no fall. The steps go on counting. FloatingPointError after ten falls in a row.
+    Every ``WATCH`` steps it looks back. Where ``SEVERAL`` losses or the last one were not finite, or they (those of the
+    images' own pixels) are ``FALL`` dB above the lowest, the weights of the look before the last good one come back,
+    and the rate is halved; it is whole again after ten good looks. At half the rate losses are several dB lower, and
+    they rise again with it: no fall. So a loss counts as ``HALVING`` dB higher for each halving. The steps go on
+    counting. FloatingPointError after ten falls in a row.
 
     ``train_step`` is a ``ResumableStep``.
 
@@ -55,9 +56,9 @@ class Run:
 
     KEPT = (
         "epoch", "step", "history", "peak_memory_gib", "seconds", "step_seconds",
-        "caution", "lowest", "falls", "returns", "watched", "kept_at", "latest_at",
+        "caution", "reference", "falls", "returns", "watched", "kept_at", "latest_at",
     )  # fmt: skip
-    WATCH, SEVERAL, FALL = 100, 5, 6.0  # steps, losses, dB
+    WATCH, SEVERAL, FALL, HALVING = 100, 5, 6.0, 10.0  # steps, losses, dB, dB
     SAVE_EVERY = 30.0  # seconds
     FLOOR = 1e-7  # an MSE below this counts as this: near 0, a rise by some dB means nothing
 
@@ -67,7 +68,7 @@ class Run:
         self.state_path, self.best_path = (folder / f"mamba_ginr{suffix}_{n}.pth" for n in ("state", "best"))
         self.epoch, self.step, self.history, self.peak_memory_gib = 0, 0, [], 0.0
         self.seconds, self.step_seconds = 0.0, 0.0  # of the whole run; in the steps of the running epoch
-        self.caution, self.lowest = 1.0, math.inf  # share of the rate; dB, at the whole rate
+        self.caution, self.reference = 1.0, math.inf  # share of the rate; dB, the lowest as if at the whole rate
         self.falls, self.returns, self.watched = 0, 0, 0  # in a row; in all; the step of the last look
         self.saver, self.best, self.saved_at = Saver(), None, -math.inf  # best: a checkpoint that is yet to be written
         self.device = next(self.model.parameters()).device
@@ -148,9 +149,9 @@ class Run:
         worst = max(level, recent[-10:].mean().item()) if len(recent) else math.inf  # a fall may just have begun
         weights = [*self.model.parameters(), *self.average.parameters()]
         sound = math.isfinite(nn.utils.get_total_norm([w.detach() for w in weights]))
-        if sound and lost.sum() < self.SEVERAL and not lost[-1] and worst < self.lowest + self.FALL:
-            if len(recent) >= fewest and self.caution == 1:
-                self.lowest = min(self.lowest, level)
+        if sound and lost.sum() < self.SEVERAL and not lost[-1] and worst < self.reference + self.FALL:
+            if len(recent) >= fewest:
+                self.reference = min(self.reference, level - self.HALVING * math.log2(self.caution))
             self.watched, self.falls, self.caution = self.step, 0, min(1.0, self.caution * 2**0.1)
             self.keep()
             return
@@ -171,7 +172,11 @@ class Run:
         self.losses[since : self.step] = math.nan  # left out of the epoch's mean
         what = f"{lost.sum()} of {len(lost)} losses were not finite"
         if not lost.any():
-            what = f"the loss rose by {worst - self.lowest:.0f} dB" if sound else "weights were no longer finite"
+            what = (
+                f"the loss was {worst - self.reference:.0f} dB above its lowest"
+                if sound
+                else "weights were no longer finite"
+            )
         print(
             f"Step {self.step} of epoch {self.epoch + 1}: {what}. Back to the weights of step {step} of epoch {epoch}, "
             f"and on at {self.caution:.2g} of the rate."

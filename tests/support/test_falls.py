@@ -138,25 +138,51 @@ def test_near_zero_a_rise_is_no_fall(nb, tiny, batch_of, tmp_path):
         assert run.returns == returns
 
 
-def test_losses_that_rise_with_the_rate_are_no_fall(nb, tiny, batch_of, tmp_path):
-    """After a fall the rate is halved, the losses go down with it, and up again: to where they were, and no further."""
+@pytest.fixture
+def look(nb, tiny, batch_of, tmp_path):
+    """A run, and ``look(loss)``: as many steps of that loss as it takes for a look."""
     model, batch = tiny(), batch_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
     step = nb.TrainingStep(model, nb.make_optimizer(model, "muon", 1e-3, 0.99, 0.1, 0.1), 2.0, False)
     step(batch, 1e-3)
-    run, usual = nb.Run(step, 10_000, {}, tmp_path), 3e-5
+    run = nb.Run(step, 10_000, {}, tmp_path)
 
     def look(loss):
         for _ in range(run.WATCH):
             run.record(torch.full((2,), loss))
 
+    return run, look
+
+
+def test_losses_that_rise_with_the_rate_are_no_fall(look):
+    """After a fall the rate is halved, the losses go down with it, and up again: to where they were, and no further."""
+    (run, look), usual = look, 3e-5
     look(usual), look(usual), look(100 * usual)
     assert (run.returns, run.caution) == (1, 0.5)
     for _ in range(11):
-        look(usual * run.caution**4)  # −12 dB at half the rate
+        look(usual * run.caution**3)  # −9 dB at half the rate
     assert (run.returns, run.falls, run.caution) == (1, 0, 1)
-    assert run.lowest == pytest.approx(10 * math.log10(usual))
-    look(100 * usual), look(usual / 16), look(5 * usual)  # 7 dB above what it was, at half the rate
-    assert (run.returns, run.falls, run.caution) == (3, 1, pytest.approx(2**0.1 / 4))
+    look(usual / 10)  # at the whole rate what is lower counts
+    look(usual)
+    assert (run.returns, run.falls, run.caution) == (2, 1, 0.5)
+
+
+def test_where_the_rate_is_halved_a_fall_is_still_seen(look, capsys):
+    (run, look), usual = look, 3e-5
+    look(math.nan)  # before any loss is known
+    assert (run.returns, run.caution) == (1, 0.5)
+    look(usual)
+    assert run.reference == pytest.approx(10 * math.log10(usual) + 10)
+    look(10 * usual)
+    assert run.returns == 1
+    look(100 * usual)  # 20 dB: above the 10 of a halved rate by more than 6
+    assert (run.returns, run.falls) == (2, 1)
+    assert "the loss was 10 dB above its lowest" in capsys.readouterr().out
+    for _ in range(8):
+        look(usual / 100)  # a long time at lower rates
+        look(math.nan)
+    assert run.caution < 0.5
+    look(usual / 100), look(1000 * usual)
+    assert run.falls == 1
 
 
 def test_a_run_that_falls_at_once_starts_anew(nb, tiny, batch_of, tmp_path):
