@@ -1,7 +1,7 @@
 """Three other decoders: what else can turn latents and a coordinate into a colour, with all else the same.
 
 Each takes ``fourier``, a module that maps coordinates to their features (..., Q, fourier.width); latents
-(B, ..., P, latent_dim), coords (1 or B, ..., Q, 2) and the attention's bias (..., Q, P) → (B, ..., Q, 3).
+(B, ..., K, latent_dim), coords (1 or B, ..., Q, 2) and the attention's bias (..., Q, K) → (B, ..., Q, 3).
 """
 
 import torch
@@ -22,7 +22,7 @@ class FourierBands(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of queries (1 or B, ..., Q, dim) on context (B, ..., P, context_dim), bias (..., Q, P)."""
+    """Attention of queries (1 or B, ..., Q, dim) on context (B, ..., K, context_dim), bias (..., Q, K)."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
         super().__init__()
