@@ -170,13 +170,12 @@ class Run:
         self.keep(at)  # both copies are now of these weights
         self.caution /= 2
         self.losses[since : self.step] = math.nan  # left out of the epoch's mean
-        what = f"{lost.sum()} of {len(lost)} losses were not finite"
-        if not lost.any():
-            what = (
-                f"the loss was {worst - self.reference:.0f} dB above its lowest"
-                if sound
-                else "weights were no longer finite"
-            )
+        if lost.any():
+            what = f"{lost.sum()} of {len(lost)} losses were not finite"
+        elif sound:
+            what = f"the loss was {worst - self.reference:.0f} dB above its lowest"
+        else:
+            what = "weights were no longer finite"
         print(
             f"Step {self.step} of epoch {self.epoch + 1}: {what}. Back to the weights of step {step} of epoch {epoch}, "
             f"and on at {self.caution:.2g} of the rate."
