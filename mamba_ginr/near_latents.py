@@ -6,6 +6,7 @@ further apart than NEGLIGIBLE says.) So time and memory of a query do not depend
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -36,6 +37,22 @@ def all_of(x: Tensor, beyond: float = 0.0) -> Tensor:
     return x
 
 
+def warn_between_pixels(coords: Tensor, size: int) -> None:
+    """UserWarning unless coords (..., 2) are centres of the pixels of an image (3, size, size)."""
+    captured = coords.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or torch.compiler.is_compiling() or not coords.numel():
+        return
+    places = coords.detach().double() * size - 0.5  # whole numbers at the centres
+    off = (places - places.round()).abs().max().item()
+    if off > 0.05:
+        warnings.warn(
+            f"coords lie up to {off:.2f} pixels from the centres of the image's own pixels. Without a pixel width the "
+            f"decoder answers, and training shows it these centres only: between them its colours mean nothing. Give "
+            f"pixel_width, for a grid of 64 pixels a side 1 / 64, and the head answers.",
+            stacklevel=4,  # the caller of ``MambaGINR.decode``
+        )
+
+
 class NearLatents(nn.Module):
     """The queries of an image in parts, and for each part a function that takes what it reads out of all latents.
 
@@ -61,9 +78,16 @@ class NearLatents(nn.Module):
             patches = (torch.arange(-reach, self.tile + reach) + 0.5) / side
             self.register_buffer("seen", torch.cartesian_prod(patches, patches), persistent=False)
 
-    def are_own(self, coords: Tensor, own: Tensor) -> bool:
-        """Whether these are the centres of the image's own pixels, in order; perhaps False where it does not matter."""
-        return coords is own or (self.local and coords.shape == own.shape and torch.equal(coords, own))
+    def are_own(self, coords: Tensor, own: Tensor, asked: bool = True) -> bool:
+        """Whether these are the centres of the image's own pixels, in order; perhaps False where it does not matter.
+
+        UserWarning for coords (..., 2) between the centres, if they are ``asked`` of the decoder after training.
+        """
+        if coords is own:
+            return True
+        if asked and not self.training:
+            warn_between_pixels(coords, math.isqrt(len(own)))
+        return self.local and coords.shape == own.shape and torch.equal(coords, own)
 
     def parts(
         self, coords: Tensor, centres: Tensor, bias_of: Bias, own: bool, chunk: int | None = None, batch: int = 1

@@ -17,6 +17,7 @@ def trained(model):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:coords lie up to")
 def test_the_cell_says_who_answers(nb, tiny):
     torch.manual_seed(0)
     images, coords = torch.rand(2, 3, 8, 8), torch.rand(5, 2)

@@ -1,6 +1,7 @@
 """What a query reads of a large image's latents: the same as all of them, to 1e-6, in every decoder and form."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def parts_of(near, coords, own, locality=10.0, **options):
     return list(near.parts(coords, centres, bias_of, own, **options))
 
 
+@pytest.mark.filterwarnings("ignore:coords lie up to")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     ("decoder", "size", "patch_size", "locality"),
@@ -160,3 +162,19 @@ def test_memory_of_a_query_does_not_grow_with_the_image():
         assert bias.shape[-1] == 144
         keys.append((read(torch.zeros(1, side**2, 1)).shape[2], coords.shape[1] * coords.shape[2] / (4 * side**2)))
     assert keys == [(144, 1.0), (144, 1.0)]
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_coords_between_the_pixels_without_a_width_are_told_after_training(nb, tiny, size):
+    model = tiny(image_size=size, num_lp=0).eval()
+    images, own = torch.rand(1, 3, size, size), nb.pixel_grid(size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for coords in (own, own[3:7], own[None], own.half(), own[:0]):
+            model(images, coords)
+        model(images, nb.pixel_grid(2 * size), 1 / (2 * size))
+        model.train()(images, torch.rand(5, 2))
+    latents = model.eval().encode(images)
+    with pytest.warns(UserWarning, match=r"coords lie up to 0\.25 pixels from .* Give pixel_width, for a grid") as told:
+        model.decode(latents, nb.pixel_grid(2 * size))
+    assert [warning.filename for warning in told] == [__file__]  # where it was asked
