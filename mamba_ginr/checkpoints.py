@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import glob
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,11 +24,13 @@ def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to anoth
     """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole.
 
     OSError names ``path``, what the system refuses (no space, no permission, ...) and how to write ``elsewhere``.
-    Whatever stops it, an interrupt as well, the unfinished file is removed and the old one stays.
+    Whatever stops it, an interrupt as well, the unfinished file is removed and the old one stays. Its name is this
+    process's own, so that two that write one ``path`` leave one of theirs, whole. What killed ones left goes, too.
     """
-    unfinished, recorder = path.with_name(f".{path.name}.unfinished"), None
+    unfinished, recorder = path.with_name(f".{path.name}.{os.getpid()}.unfinished"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         with open(unfinished, "wb") as file:
             recorder = _Recorder(file)
             write(recorder)
@@ -45,6 +49,14 @@ def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to anoth
             raise
         text = _cannot_write(path, cause, elsewhere)
         raise (OSError(cause.errno, text) if cause.errno else OSError(text)) from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove unfinished files of ``path`` that nothing was written to for an hour."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}*.unfinished"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.lstat().st_mtime > 3600:
+                old.unlink()
 
 
 class _Recorder:
@@ -138,6 +150,15 @@ class Saver:
             pending.result()
 
 
+def stamp(path: Path) -> tuple | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 class CheckpointError(RuntimeError):
     """A file that cannot serve as a checkpoint; the message names it and says what to do."""
 
@@ -150,6 +171,14 @@ def read_checkpoint(path: Path, kind: str) -> dict:
         raise CheckpointError(f"{path} does not exist: train first (cell 11), or give another path.") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        short = isinstance(error, MemoryError) or "allocate memory" in reason
+        # A file that was cut may be an invalid argument: a place before its start is looked for.
+        refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL) and path.is_file()
+        if short or refused:
+            why = "not enough memory" if short else getattr(error, "strerror", None) or reason
+            raise CheckpointError(
+                f"{path} cannot be read ({why}). It may well be whole: leave it where it is, mend that, and run again."
+            ) from error
         raise CheckpointError(
             f"{path} is not a whole checkpoint: truncated, or another kind of file ({reason}). "
             f"Nothing was changed. Move it away to start anew, or put a good copy in its place."

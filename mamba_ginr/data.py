@@ -25,7 +25,7 @@ from mamba_ginr.images import image_name, read_image, readable_suffixes
 from mamba_ginr.parallel import check_equal, first_alone
 from mamba_ginr.pictures import Pictures, shapes_of
 
-THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of macOS archives, Synology and Windows
+THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # of macOS archives, Synology, Windows, Linux disks
 
 
 @dataclass
@@ -39,6 +39,12 @@ class ImageData:
     train: Pictures
     held_out: Tensor
     test_pictures: Pictures
+    checksum: str = ""  # of a folder's pictures to train on and held out; the other data are the same everywhere
+
+    @property
+    def identity(self) -> str:
+        """What a resumed run must find again: the name, and of a folder the checksum of what training sees."""
+        return f"{self.name} {self.checksum}".strip()
 
     @property
     def test(self) -> Tensor:
@@ -82,13 +88,21 @@ def image_files(split: Path) -> tuple[list[str], dict[str, int]]:
     """Paths of the images in split/<class>/ and in the folders below, sorted, and how many files of which kind are not.
 
     Hidden files and folders are left out, and so are the thumbnails that systems put beside photographs. A link to a
-    folder that it lies in is not followed. FileNotFoundError if there is no folder; ValueError for a broken link.
+    folder that it lies in is not followed. FileNotFoundError if there is no folder; ValueError for a broken link or a
+    folder that cannot be read.
     """
     readable, folders, left_out = readable_suffixes(), [], Counter()
 
     def visit(folder: str, way: tuple[str, ...]) -> None:
         names = []
-        for entry in os.scandir(folder):
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(
+                f"{image_name(folder)} cannot be read ({why}): give permission, or move it out of {image_name(split)}."
+            ) from error
+        for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
             hidden = entry.name.startswith(".") or entry.name in THUMBNAILS
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
@@ -165,7 +179,7 @@ def load_folder(root: Path, size: int = 32) -> tuple[str, Tensor | list[Tensor],
         print(
             f"Images: of {larger} larger than {size}×{size} crops are taken, at random places, in tests in the middle."
         )
-    return f"{root.resolve().name} (folder)", *splits
+    return f"{image_name(root.resolve().name or root.resolve())} (folder)", *splits
 
 
 def photographs() -> list[Tensor]:
@@ -280,8 +294,19 @@ def load_data(
             f"Images: {needed / 2**30:.3g} GiB of pictures stay in the computer's memory, as they would take over half "
             f"of what the GPU has free. Crops to train on go to it step by step."
         )
+    checksum = f"{checksum_of(pictures[:2]):08x}" if dataset == "folder" else ""
     held_out, train, test = (each.to(device, apart=needed > room) for each in pictures)
-    return ImageData(name, train, held_out.crops(torch.arange(len(held_out), device=held_out.device)), test)
+    held_out = held_out.crops(torch.arange(len(held_out), device=held_out.device))
+    return ImageData(name, train, held_out, test, checksum)
+
+
+def checksum_of(sets: list[Pictures]) -> int:
+    """The CRC-32 of the pixels and shapes of all these pictures, which lie in the computer's memory."""
+    total = 0
+    for each in sets:
+        for values in (each.shapes, each.pixels):
+            total = zlib.crc32(values.numpy(), total)
+    return total
 
 
 def room_for_pictures(device: torch.device) -> int:

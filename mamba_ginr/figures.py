@@ -52,7 +52,7 @@ def draw_curves(history: list[dict], title: str) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -114,7 +114,7 @@ def draw_errors(images: Tensor, reconstructions: dict[str, Tensor], title: str, 
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     figure.colorbar(drawn, ax=grid[2::2].flatten().tolist(), label="grey levels of 255")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from mamba_ginr.checkpoints import only_writer
+from mamba_ginr.checkpoints import CheckpointError, only_writer, stamp
 from mamba_ginr.cuda_graph import GraphedStep
 from mamba_ginr.figures import draw_curves, show
 from mamba_ginr.parallel import any_of_all, check_weights, is_first
@@ -58,6 +58,11 @@ class Progress:
         with ExitStack() as begun:  # what fails from here on leaves no lock and no handler
             if is_first():
                 begun.enter_context(only_writer(run.state_path))
+                if stamp(run.state_path) != run.found:
+                    raise CheckpointError(
+                        f"another run has written {run.state_path} since this one read it: run this cell again to go "
+                        f"on from there."
+                    )
             print(HEADER, *map(log_line, run.history), sep="\n")
             if run.history:
                 self.draw()

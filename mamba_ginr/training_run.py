@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mamba_ginr import parallel
-from mamba_ginr.checkpoints import EARLIER, CheckpointError, Saver, load_weights, model_checkpoint, read_checkpoint
+from mamba_ginr.checkpoints import (
+    EARLIER,
+    CheckpointError,
+    Saver,
+    load_weights,
+    model_checkpoint,
+    read_checkpoint,
+    stamp,
+)
 
 
 class ResumableStep:
@@ -75,7 +83,8 @@ class Run:
         self.losses = torch.zeros(steps_per_epoch, 2, device=self.device)  # of the images' pixels, of finer ones
         self.kept, self.latest, self.unchanged = {}, {}, False  # copies, and whether the latest is of this step
         self.kept_at, self.latest_at = None, None  # the steps that they are of
-        if self.state_path.exists():
+        self.found = stamp(self.state_path)
+        if self.found:
             self.resume()
         else:
             self.keep()
@@ -107,8 +116,10 @@ class Run:
                 for copies in ("kept", "latest")
             )
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            self.model.trained = True  # some of its weights are now those of the state, and nothing may go on from it
             raise CheckpointError(
-                f"{self.state_path} does not fit this version of the training ({error!r}): move it away to train anew."
+                f"{self.state_path} does not fit this version of the training ({error!r}): to train anew, move it away "
+                f"and run cell 10 again."
             ) from error
         print(f"Resumed from {self.state_path.name}: {self.epoch} epochs and {self.step} steps were done.")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_a_saved_model_gives_the_same_values(nb, tiny, tmp_path):
     model = tiny(seed=5).eval()
     checkpoints.save_model(tmp_path / "m.pth", model, {"SEED": 5}, {"psnr_mean": 1.0})
     loaded, checkpoint = nb.load_model(tmp_path / "m.pth")
-    images, coords = torch.rand(1, 3, 8, 8), torch.rand(9, 2)
+    images, coords = torch.rand(1, 3, 8, 8), nb.pixel_grid(8)[::7]
     torch.nn.init.normal_(model.head.to_rgb.weight)
     checkpoints.save_model(tmp_path / "trained.pth", model, {}, {})
     with torch.no_grad():
@@ -184,7 +185,7 @@ nb.save_atomically(path, half_then_killed)
     process = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "state.pth", weights_only=True)["n"] == 1
-    assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which the next save writes over
+    assert len(list(tmp_path.iterdir())) == 2  # and the unfinished one, which a save removes when it is old
 
 
 def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
@@ -198,8 +199,53 @@ def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_two_processes_that_write_one_file_leave_one_of_theirs(monkeypatch, tmp_path):
+    path, mine = tmp_path / "results.json", os.getpid()
+
+    def first(file):
+        file.write(b"A" * 100)
+        monkeypatch.setattr(os, "getpid", lambda: mine + 1)
+        checkpoints.save_atomically(path, lambda other: other.write(b"B" * 50))
+        assert path.read_bytes() == b"B" * 50
+        file.write(b"A" * 100)
+
+    checkpoints.save_atomically(path, first)
+    assert path.read_bytes() == b"A" * 200
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
+    for name in (".a[1].pth.unfinished", ".a[1].pth.77.unfinished", ".a[1].pth.78.unfinished", ".b.pth.77.unfinished"):
+        (tmp_path / name).write_bytes(b"half")
+        if "78" not in name:
+            os.utime(tmp_path / name, 2 * (time.time() - 4000,))
+    checkpoints.save_atomically(tmp_path / "a[1].pth", lambda file: file.write(b"new"))
+    assert {p.name for p in tmp_path.iterdir()} == {".a[1].pth.78.unfinished", ".b.pth.77.unfinished", "a[1].pth"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_broken(error, reason, monkeypatch, tmp_path):
+    path = tmp_path / "state.pth"
+    path.write_bytes(b"whole")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(checkpoints.CheckpointError, match=rf"cannot be read \({reason}\).* leave it where it is"):
+        checkpoints.read_checkpoint(path, "training state")
+
+
 def a_full_device(path, monkeypatch):
-    path.with_name(f".{path.name}.unfinished").symlink_to("/dev/full")
+    path.with_name(f".{path.name}.{os.getpid()}.unfinished").symlink_to("/dev/full")
 
 
 def a_full_disk(path, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import http.server
+import os
 import socket
 import tarfile
 import threading
@@ -299,6 +300,47 @@ def test_files_that_are_left_out_are_told(tmp_path, capsys):
     assert (len(train), len(test)) == (3, 1)
     told = "2 .heic, 1 .txt, 1 class folders without images, 4 hidden, 2 outside the class folders, 1 without a suffix"
     assert capsys.readouterr().out == f"Images: left out of {tmp_path / 'train'}: {told}.\n"
+
+
+def test_a_folder_that_cannot_be_read_is_named(monkeypatch, tmp_path):
+    write_images(tmp_path, {"train/a": 1, "train/b": 1, "train/lost+found": 1, "test/a": 1})
+    scan = loading.os.scandir
+
+    def guarded(folder):
+        if folder.endswith(("b", "lost+found")):
+            raise PermissionError(13, "Permission denied", folder)
+        return scan(folder)
+
+    monkeypatch.setattr(loading.os, "scandir", guarded)
+    with pytest.raises(
+        ValueError, match=r"train/b cannot be read \(Permission denied\): give permission, or move it out"
+    ):
+        loading.load_folder(tmp_path)
+    (tmp_path / "train/b").rename(tmp_path / "b")
+    assert len(loading.load_folder(tmp_path)[1]) == 1
+
+
+def test_other_pictures_in_a_folder_of_the_same_name_are_another_run(nb, tmp_path):
+    def identity(folder, seed=0):
+        return loading.load_data("folder", folder, 1, 0, 0, seed, "cpu").identity
+
+    for place in ("cats", "dogs", "copy"):
+        write_images(tmp_path / place / "images", {"train/a": 3, "test/a": 1})
+    changed = tmp_path / "dogs/images/train/a/1.png"
+    Image.open(changed).rotate(90).save(changed)
+    cats = identity(tmp_path / "cats/images")
+    assert cats.startswith("images (folder) ")
+    assert identity(tmp_path / "copy/images") == cats
+    assert identity(tmp_path / "dogs/images") != cats
+    write_images(tmp_path / "copy/images", {"test/b": 2})  # what is tested on may differ
+    assert identity(tmp_path / "copy/images") == cats
+    assert loading.load_data("photos", tmp_path, 1, 0, 0, 0, "cpu").identity == "scikit-image photographs"
+
+
+def test_a_name_that_is_no_text_can_be_shown(nb, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_images(folder, {"train/a": 3, "test/a": 1})
+    assert loading.load_data("folder", folder, 1, 0, 0, 0, "cpu").name == r"caf\udce9 (folder)"
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".gif", ".jp2", ".tga", ".qoi", ".JPG", ".jfif", ".pcx"])

@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,44 @@ def test_a_state_of_another_version_is_named(nb, start, spoil, tmp_path):
     torch.save(state, run.state_path)
     with pytest.raises(checkpoints.CheckpointError, match=r"_state.pth does not fit this version of the training"):
         start(tmp_path, EPOCHS=2)
+
+
+def test_weights_that_took_part_of_a_state_are_not_taken_for_new_ones(nb, tiny, data, start, tmp_path):
+    """As after an edit of cell 6: the state does not fit, is moved away as it says, and cell 11 is run again."""
+
+    def train(model, folder):
+        nb.train(model, data, SimpleNamespace(**SETTINGS), {"DIM": 16}, folder)
+
+    start(tmp_path)
+    model = tiny()
+    model.decoder.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(checkpoints.CheckpointError, match=r"to train anew, move it away and run cell 10 again"):
+        train(model, tmp_path)
+    (tmp_path / "checkpoints/mamba_ginr_state.pth").unlink()
+    with pytest.raises(ValueError, match=r"these weights are trained already, .* run cell 10 for new ones"):
+        train(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["price_$10_$20 (folder)", "50%$_$x", "$a$"])
+def test_the_datas_name_may_hold_anything(nb, tiny, data, name, tmp_path):
+    data.name = name
+    nb.train(tiny(), data, SimpleNamespace(**{**SETTINGS, "EPOCHS": 2}), {"DIM": 16}, tmp_path)
+    assert (tmp_path / "figures/psnr_curves.png").stat().st_size > 10_000
+
+
+def test_a_state_that_another_run_wrote_meanwhile_is_not_overwritten(nb, start, monkeypatch, tmp_path):
+    """Between the reading of the state and the lock."""
+    begin = progress.Progress.__init__
+
+    def late(self, run, *rest):
+        begin(self, run, *rest)
+        monkeypatch.setattr(progress.Progress, "__init__", begin)
+        start(tmp_path)
+
+    monkeypatch.setattr(progress.Progress, "__init__", late)
+    with pytest.raises(checkpoints.CheckpointError, match=r"another run has written .*_state\.pth since this one read"):
+        start(tmp_path)
+    assert state_in(tmp_path)["epoch"] == SETTINGS["EPOCHS"]
 
 
 def test_a_run_in_another_thread_is_the_same(start, tmp_path):
