@@ -101,18 +101,24 @@ class ThisPython(KernelSpecManager):
 def private_folder() -> Iterator[Path]:
     """A new folder for a kernel's sockets that nobody else can look into, and that is removed at the end.
 
+    SystemExit with a message where none can be made.
+
     Its path is short, because a socket's may have some 100 bytes only. Those of runs that were killed are removed, too:
     a run holds a lock on its own, which the system lets go when it ends.
     """
-    place = tempfile.gettempdir()
-    if fcntl and len(os.fsencode(place)) > 60:
-        place = "/tmp"  # every such system has it
+    try:
+        place = tempfile.gettempdir()
+        if fcntl and len(os.fsencode(place)) > 60:
+            place = "/tmp"  # every such system has it
+        made = tempfile.TemporaryDirectory(prefix="mamba-ginr-", dir=place, ignore_cleanup_errors=True)
+    except OSError as error:
+        sys.exit(f"No temporary folder can be made ({error}): set TMPDIR to one that can be written, of a short path.")
     for old in Path(place).glob("mamba-ginr-*"):
         with contextlib.suppress(OSError, AttributeError), _locked(old):
             about = old.stat()
             if about.st_uid == os.getuid() and time.time() - about.st_mtime > 60:  # not one that is just being made
                 shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(prefix="mamba-ginr-", dir=place, ignore_cleanup_errors=True) as name:
+    with made as name:
         folder = Path(name)
         with _locked(folder) if fcntl else contextlib.nullcontext():
             yield folder
@@ -224,13 +230,7 @@ def main(notebook: Path, executed: Path) -> int:
         coalesce_streams=True,
     )
     client.on_cell_start, client.on_notebook_start = client.announce, client.pass_interrupts_on
-    with contextlib.ExitStack() as clean_up:
-        try:
-            folder = clean_up.enter_context(private_folder())
-        except OSError as error:
-            sys.exit(
-                f"No temporary folder can be made ({error}): set TMPDIR to one that can be written, of a short path."
-            )
+    with private_folder() as folder:
         try:
             return execute(client, folder)
         finally:

@@ -53,8 +53,11 @@ def places(image: Path, output: Path | None, scale: float, compare: bool, force:
     output = output or image.with_name(f"{image.stem}_x{scale:g}.png")
     files = [output, output.with_name(f"{output.stem}_compare.png")][: 1 + compare]
     Image.init()
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise Refused(f"{output}: Pillow writes no {output.suffix or 'file without a suffix'}. Take .png.")
+    if not keeps_pictures(output.suffix):
+        raise Refused(
+            f"{output}: Pillow writes no {output.suffix or 'file without a suffix'}, or not for colours and any size. "
+            f"Take .png."
+        )
     for file in files:
         if file.exists() and file.samefile(image):
             raise Refused(f"{file} is the image itself, which stays as it is. Give another --output.")
@@ -69,6 +72,21 @@ def places(image: Path, output: Path | None, scale: float, compare: bool, force:
         why = error.strerror or error
         raise Refused(f"{output.parent} cannot be written to ({why}): give --output in another folder.") from None
     return files
+
+
+def keeps_pictures(suffix: str) -> bool:
+    """Whether Pillow writes coloured pictures of any size into files of this suffix: some formats hold icons only."""
+    from PIL import Image, UnidentifiedImageError
+
+    trial, file = Image.new("RGB", (300, 200)), io.BytesIO()
+    try:
+        trial.save(file, Image.registered_extensions()[suffix.lower()])
+    except (KeyError, ValueError, OSError):
+        return False
+    try:
+        return Image.open(file).size == trial.size
+    except UnidentifiedImageError:  # written but not read, as PDF
+        return True
 
 
 def model_cells(notebook: Path = NOTEBOOK) -> ModuleType:
@@ -89,7 +107,15 @@ def model_cells(notebook: Path = NOTEBOOK) -> ModuleType:
     module = ModuleType("mamba_ginr_cells")
     sys.modules[module.__name__] = module  # dataclasses look their module up
     for number, source in enumerate(sources, start=1):
-        exec(compile(source, f"{notebook.name}, cell {number}", "exec"), module.__dict__)
+        try:
+            exec(compile(source, f"{notebook.name}, cell {number}", "exec"), module.__dict__)
+        except ImportError:
+            raise  # says what is missing
+        except Exception as error:
+            raise Refused(
+                f"Cell {number} of {notebook.name} fails ({type(error).__name__}: {error}). Mend it, or get a good "
+                f"copy."
+            ) from error
         if hasattr(module, "load_model"):
             return module
     raise Refused(f"{notebook} defines no load_model: get a good copy.")

@@ -60,6 +60,10 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     A later choice wins over an earlier one, the environment over all. A line is printed for each choice that changes a
     value. ValueError for a value that is no choice, a count of 0, and what ``settings_from_environment`` refuses.
     """
+    names = {n: os.fspath(v) if n in PLACES and isinstance(v, os.PathLike) else v for n, v in names.items()}
+    for name, value in names.items():
+        if name.isupper() and (value is None or isinstance(value, (list, tuple, set, os.PathLike))):
+            raise ValueError(f"{name} = {value!r}: a setting is a number, a text, True or False")
     defaults = {n: v for n, v in names.items() if n.isupper() and isinstance(v, (bool, int, float, str))}
     asked, changes = settings_from_environment(defaults, environment), {}
     for name, table in choices.items():

@@ -178,6 +178,8 @@ def test_no_temporary_folder_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(SystemExit, match=r"No temporary folder can be made \(.*No usable.*\): set TMPDIR"):
         run_notebook.main(notebook, tmp_path / "out/b.ipynb")
+    with pytest.raises(SystemExit, match=r"No temporary folder can be made"):
+        run_notebook.main_on_several(notebook, 2)
 
 
 def test_a_reader_that_goes_away_ends_no_run(begin, tmp_path):

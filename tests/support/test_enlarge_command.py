@@ -1,5 +1,6 @@
 """The command that enlarges a picture: what it writes and where, and what it refuses in one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -101,7 +102,9 @@ def test_the_image_itself_is_never_the_output(folder, capsys):
         (["--scale", "400"], "at most 4096 a side"),
         (["--weights", "none.pth"], "none.pth does not exist: train first"),
         (["--weights", __file__], "is not a whole checkpoint"),
-        (["--output", "x.xyz"], "x.xyz: Pillow writes no .xyz. Take .png."),
+        (["--output", "x.xyz"], "x.xyz: Pillow writes no .xyz, or not for colours and any size. Take .png."),
+        (["--output", "x.ico"], "x.ico: Pillow writes no .ico, or not for colours and any size. Take .png."),
+        (["--output", "x.xbm"], "x.xbm: Pillow writes no .xbm, or not for colours and any size. Take .png."),
         (["--output", "larger"], "larger: Pillow writes no file without a suffix"),
         (["--output", "no/such/x.png"], "no/such cannot be written to (No such file or directory)"),
     ],
@@ -129,6 +132,16 @@ def test_without_the_notebook_it_says_what_to_do(folder, capsys, monkeypatch):
     monkeypatch.setattr(enlarge_command.model_cells, "__defaults__", (folder / "mamba_ginr_cifar10.ipynb",))
     assert run(folder) == 1
     assert "download the whole repository and run this in its folder" in error_line(capsys)
+
+
+@pytest.mark.parametrize("line", ["%load_ext autoreload", "raise KeyError('x')", "undefined_name"])
+def test_a_cell_that_fails_is_named(folder, line, capsys, monkeypatch):
+    cells = [{"cell_type": "code", "source": [source]} for source in ("import os", f"# Cell 2\n{line}")]
+    notebook = folder / "edited.ipynb"
+    notebook.write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(enlarge_command.model_cells, "__defaults__", (notebook,))
+    assert run(folder) == 1
+    assert error_line(capsys).startswith("Cell 2 of edited.ipynb fails (")
 
 
 @pytest.mark.parametrize("when", ["windows", "write"])

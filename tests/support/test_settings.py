@@ -1,6 +1,7 @@
 """Settings: from the environment, from a choice of others, and what a wrong one says."""
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys)
     )  # what came to be, and in place of what: neither a value of no effect nor one that stands in the column anyway
     with pytest.raises(ValueError, match="OPTIMIZER = 'sgd': choose one of muon, adamw"):
         nb.choose_settings(column, choices, {"MAMBA_GINR_OPTIMIZER": "sgd"})
+
+
+def test_a_path_is_taken_and_what_is_no_setting_is_named():
+    column = {"EPOCHS": 1, "EVAL_BATCH": 8, "QUERY_CHUNK": 8, "OUTPUT_DIR": Path("runs/x")}
+    assert settings_module.choose_settings(column, {}, {})["OUTPUT_DIR"] == str(Path("runs/x"))
+    for name, value in (("EPOCHS", None), ("HEAD_DIM", [64, 32]), ("EPOCHS", Path("1"))):
+        with pytest.raises(ValueError, match=rf"{name} = .*: a setting is a number, a text, True or False"):
+            settings_module.choose_settings({**column, name: value}, {}, {})
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/checkpoints", "out/figures"])
