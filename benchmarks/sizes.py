@@ -144,10 +144,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES if ON_GPU else SIDES[:3])
     parser.add_argument("--patches", type=int, nargs="+", default=PATCHES)
-    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--gpus", type=Path, help="a JSON list of {gpus, images_per_s, device}, to be drawn beside it")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     arguments = parser.parse_args()
+    gpus = json.loads(arguments.gpus.read_text(encoding="utf-8")) if arguments.gpus else None
     torch.set_float32_matmul_precision("high" if ON_GPU else "highest")
     use_backend("auto", DEVICE)
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
@@ -171,8 +172,8 @@ def main() -> None:
     for kind, patch_size in itertools.product(arguments.kinds, arguments.patches):
         shares = ", ".join(f"{key} {growth(results['rows'], kind, patch_size, key):+.0%}" for key in keys)
         print(f"A pixel at {max(arguments.sides)} a side against 64: {kind}, patches of {patch_size}: {shares}")
-    if arguments.gpus:
-        results["gpus"] = json.loads(arguments.gpus.read_text(encoding="utf-8"))
+    if gpus:
+        results["gpus"] = gpus
     name = f"sizes_{'gpu' if ON_GPU else 'cpu'}"
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     save_atomically(arguments.out / f"{name}.json", lambda file: file.write(text.encode()))

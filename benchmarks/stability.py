@@ -76,9 +76,10 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
     s.LEARNING_RATE *= rate
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scan, _ = nb.use_backend(s.SCAN_BACKEND, device)
-    data = nb.load_data(s.DATASET, s.DATA_DIR, s.HELD_OUT, images, 1, 0, device)
+    data = nb.load_data(s.DATASET, s.DATA_DIR, s.HELD_OUT, images, 1, 0, device, s.IMAGE_SIZE)
     model = nb.MambaGINR(**nb.model_config).to(device)
     model.precision = getattr(torch, s.PRECISION)
+    nb.MambaGINR.fused = s.FUSED and nb.forms_agree(nb.MambaGINR, nb.model_config)
     s.COMPILE = s.COMPILE and (scan, device.type) == ("triton", "cuda")
     sampler, train_step = nb.set_up(model, data.train, s)
     rows = []
@@ -118,12 +119,16 @@ def main(seeds: range, rate: float, images: int, out: Path | None, **changes) ->
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--seeds", type=int, default=20, help="how many, at least 1")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--rate", type=float, default=1.0, help="times LEARNING_RATE")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=24_000, help="of the training images")
     parser.add_argument("--out", type=Path, help="a file that the rows are added to, as JSON lines")
     a = parser.parse_args()
+    if a.seeds < 1:
+        parser.error("--seeds: at least 1")
+    if a.out:
+        open(a.out, "a").close()  # what cannot be written is told before a seed is trained
     os.environ.setdefault("TQDM_DISABLE", "1")
     main(range(a.first, a.first + a.seeds), a.rate, a.images, a.out, EPOCHS=a.epochs, WARMUP_EPOCHS=1)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +25,10 @@ def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to anoth
     """Call ``write(file)`` on a new file beside ``path``, then rename: a kill leaves the old or the new file, whole.
 
     OSError names ``path``, what the system refuses (no space, no permission, ...) and how to write ``elsewhere``.
-    Whatever stops it, an interrupt as well, the unfinished file is removed and the old one stays. Its name is this
-    process's own, so that two that write one ``path`` leave one of theirs, whole. What killed ones left goes, too.
+    Whatever stops it, an interrupt as well, the unfinished file is removed and the old one stays. Its name is drawn
+    anew, so that two processes that write one ``path`` leave one of theirs, whole. What killed ones left goes, too.
     """
-    unfinished, recorder = path.with_name(f".{path.name}.{os.getpid()}.unfinished"), None
+    unfinished, recorder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -156,7 +157,7 @@ def stamp(path: Path) -> tuple | None:
         about = path.stat()
     except FileNotFoundError:
         return None
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    return about.st_size, about.st_mtime_ns  # some network drives give a file another inode each time
 
 
 class CheckpointError(RuntimeError):
@@ -167,13 +168,13 @@ def read_checkpoint(path: Path, kind: str) -> dict:
     """Read a checkpoint of this notebook ("model" or "training state"), without running code that it may hold."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist: train first (cell 11), or give another path.") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         short = isinstance(error, MemoryError) or "allocate memory" in reason
         # A file that was cut may be an invalid argument: a place before its start is looked for.
-        refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL) and path.is_file()
+        refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EISDIR)
         if short or refused:
             why = "not enough memory" if short else getattr(error, "strerror", None) or reason
             raise CheckpointError(

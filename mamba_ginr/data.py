@@ -44,7 +44,7 @@ class ImageData:
     @property
     def identity(self) -> str:
         """What a resumed run must find again: the name, and of a folder the checksum of what training sees."""
-        return f"{self.name} {self.checksum}".strip()
+        return self.name + (f", checksum {self.checksum}" if self.checksum else "")
 
     @property
     def test(self) -> Tensor:

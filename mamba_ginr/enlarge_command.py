@@ -55,8 +55,8 @@ def places(image: Path, output: Path | None, scale: float, compare: bool, force:
     Image.init()
     if not keeps_pictures(output.suffix):
         raise Refused(
-            f"{output}: Pillow writes no {output.suffix or 'file without a suffix'}, or not for colours and any size. "
-            f"Take .png."
+            f"{output}: Pillow writes no {output.suffix or 'file without a suffix'}, or not for any size and all "
+            f"colours. Take .png."
         )
     for file in files:
         if file.exists() and file.samefile(image):
@@ -75,7 +75,7 @@ def places(image: Path, output: Path | None, scale: float, compare: bool, force:
 
 
 def keeps_pictures(suffix: str) -> bool:
-    """Whether Pillow writes coloured pictures of any size into files of this suffix: some formats hold icons only."""
+    """Whether Pillow writes pictures of any size and colours into files of this suffix: some hold icons or palettes."""
     from PIL import Image, UnidentifiedImageError
 
     trial, file = Image.new("RGB", (300, 200)), io.BytesIO()
@@ -84,7 +84,8 @@ def keeps_pictures(suffix: str) -> bool:
     except (KeyError, ValueError, OSError):
         return False
     try:
-        return Image.open(file).size == trial.size
+        found = Image.open(file)
+        return found.size == trial.size and found.mode not in ("1", "L", "P")
     except UnidentifiedImageError:  # written but not read, as PDF
         return True
 

@@ -174,7 +174,14 @@ if __name__ == "__main__":
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
         os._exit(status)  # a GPU's communicator waits for the graph that holds it, and neither is needed
-    if len(sys.argv) != 3 or not sys.argv[2].isdigit():
+    if len(sys.argv) != 3 or not sys.argv[2].isdecimal() or int(sys.argv[2]) < 1:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as name:
-        sys.exit(launch(Path(sys.argv[1]), int(sys.argv[2]), Path(name), " ".join(["python -m", *sys.argv])))
+        sys.exit(
+            launch(
+                Path(sys.argv[1]),
+                int(sys.argv[2]),
+                Path(name),
+                " ".join(["python -m mamba_ginr.launch", *sys.argv[1:]]),
+            )
+        )

@@ -53,6 +53,21 @@ PLACES = "DATA_DIR", "OUTPUT_DIR", "PRETRAINED"
 PRECISIONS = "float16", "bfloat16", "float32"
 
 
+def plain(name: str, value):
+    """The setting as a number, a text or a switch of Python's; ValueError for a list and the like.
+
+    A path becomes text, and a number of NumPy's or PyTorch's one of Python's. What is no value (a table, a module, a
+    function) stays as it is.
+    """
+    if name in PLACES and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    if value is None or isinstance(value, (list, tuple, set, complex, bytes, os.PathLike)) or hasattr(value, "item"):
+        raise ValueError(f"{name} = {value!r}: a setting is a number, a text, True or False")
+    return value
+
+
 def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     """The settings among ``names``: numbers, texts and switches in capitals, and what ``choices`` change of them.
 
@@ -60,17 +75,17 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     A later choice wins over an earlier one, the environment over all. A line is printed for each choice that changes a
     value. ValueError for a value that is no choice, a count of 0, and what ``settings_from_environment`` refuses.
     """
-    names = {n: os.fspath(v) if n in PLACES and isinstance(v, os.PathLike) else v for n, v in names.items()}
-    for name, value in names.items():
-        if name.isupper() and (value is None or isinstance(value, (list, tuple, set, os.PathLike))):
-            raise ValueError(f"{name} = {value!r}: a setting is a number, a text, True or False")
-    defaults = {n: v for n, v in names.items() if n.isupper() and isinstance(v, (bool, int, float, str))}
+    names = {name: plain(name, value) for name, value in names.items() if name.isupper()}
+    defaults = {n: v for n, v in names.items() if isinstance(v, (bool, int, float, str))}
     asked, changes = settings_from_environment(defaults, environment), {}
     for name, table in choices.items():
         if asked[name] not in table:
             raise ValueError(f"{name} = {asked[name]!r}: choose one of {', '.join(map(str, table))}")
         changes |= dict.fromkeys(table[asked[name]], name)
-    values = {n: choices[name][asked[name]][n] for n, name in changes.items()}
+    values = {n: plain(n, choices[name][asked[name]][n]) for n, name in changes.items()}
+    for n, name in changes.items():
+        if n not in defaults:
+            raise ValueError(f"{name} = {asked[name]!r} sets {n}, which is no setting of this notebook")
     settings = settings_from_environment(defaults | values, environment)
     settings |= {name: os.path.expanduser(settings[name]) for name in PLACES if name in settings}  # ~ is one's home
     for choice in choices:
@@ -78,9 +93,12 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
         if changed:
             what = ", ".join(f"{n} = {settings[n]} (not {defaults[n]})" for n in changed)
             print(f"{choice} = {asked[choice]} sets {what}.")
+    for name, value in settings.items():
+        if not isinstance(value, str) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value}: at least 0")
     for name in POSITIVE:
-        if settings[name] < 1:
-            raise ValueError(f"{name} = {settings[name]}: at least 1")
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise ValueError(f"{name} = {settings[name]!r}: a whole number, at least 1")
     if settings.get("PRECISION", "float32") not in PRECISIONS:
         raise ValueError(f"PRECISION = {settings['PRECISION']!r}: choose one of {', '.join(PRECISIONS)}")
     return settings

@@ -96,6 +96,8 @@ class Run:
         state = read_checkpoint(self.state_path, "training state")
         earlier = {name.upper(): value for name, value in EARLIER.items()}
         theirs, mine = {**earlier, **state["identity"]}, {**earlier, **self.identity}
+        if theirs.get("data") == str(mine.get("data")).split(", checksum")[0]:  # from before folders had one
+            theirs["data"] = mine["data"]
         differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if differing:
             changes = "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in differing)
@@ -103,6 +105,9 @@ class Run:
                 f"{self.state_path} is the state of another run: {changes}. Nothing was changed. "
                 f"Set these back to resume that run. To start a new one, move the file away or set another OUTPUT_DIR."
             )
+        self.model.trained = (
+            True  # from here on some of its weights may be the state's, and nothing may train from them
+        )
         try:
             self.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
@@ -115,8 +120,12 @@ class Run:
                 {name: tensor.to(self.device, copy=True) for name, tensor in (state[copies] or now).items()}
                 for copies in ("kept", "latest")
             )
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"{self.state_path} is whole, but the GPU has no memory left for it: leave it there, end what else is "
+                f"on the GPU, and run cells 10 and 11 again."
+            ) from error
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            self.model.trained = True  # some of its weights are now those of the state, and nothing may go on from it
             raise CheckpointError(
                 f"{self.state_path} does not fit this version of the training ({error!r}): to train anew, move it away "
                 f"and run cell 10 again."
@@ -231,7 +240,7 @@ class Run:
         if not self.best_path.exists():
             raise CheckpointError(f"{self.best_path} is gone: move {self.state_path} away, too, to train anew.")
         model, checkpoint = load_weights(self.best_path, type(self.model), self.device)
-        if checkpoint["metrics"] not in self.history:
+        if repr(checkpoint["metrics"]) not in map(repr, self.history):  # NaN equals itself
             raise CheckpointError(
                 f"{self.best_path} is of another run than {self.state_path}. Put the file that belongs to it there, or "
                 f"move both away to train anew."

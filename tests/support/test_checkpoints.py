@@ -199,12 +199,11 @@ def test_a_save_that_fails_leaves_the_old_file(nb, tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_two_processes_that_write_one_file_leave_one_of_theirs(monkeypatch, tmp_path):
-    path, mine = tmp_path / "results.json", os.getpid()
+def test_two_that_write_one_file_at_once_leave_one_of_theirs(tmp_path):
+    path = tmp_path / "results.json"
 
     def first(file):
         file.write(b"A" * 100)
-        monkeypatch.setattr(os, "getpid", lambda: mine + 1)
         checkpoints.save_atomically(path, lambda other: other.write(b"B" * 50))
         assert path.read_bytes() == b"B" * 50
         file.write(b"A" * 100)
@@ -244,8 +243,15 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_broken(error, reason
         checkpoints.read_checkpoint(path, "training state")
 
 
+def test_a_path_through_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "best.pth").write_bytes(b"a file")
+    with pytest.raises(checkpoints.CheckpointError, match=r"best\.pth/x does not exist"):
+        checkpoints.read_checkpoint(tmp_path / "best.pth/x", "model")
+
+
 def a_full_device(path, monkeypatch):
-    path.with_name(f".{path.name}.{os.getpid()}.unfinished").symlink_to("/dev/full")
+    monkeypatch.setattr(checkpoints.secrets, "token_hex", lambda _: "0")
+    path.with_name(f".{path.name}.0.unfinished").symlink_to("/dev/full")
 
 
 def a_full_disk(path, monkeypatch):

@@ -178,3 +178,8 @@ def test_coords_between_the_pixels_without_a_width_are_told_after_training(nb, t
     with pytest.warns(UserWarning, match=r"coords lie up to 0\.25 pixels from .* Give pixel_width, for a grid") as told:
         model.decode(latents, nb.pixel_grid(2 * size))
     assert [warning.filename for warning in told] == [__file__]  # where it was asked
+    with pytest.warns(UserWarning, match=r"coords lie up to 1\.00 pixels"):  # outside the image
+        model.decode(latents, own + 1 / size)
+    with torch.no_grad():  # transforms and traces, which have no values to look at
+        each = torch.vmap(lambda place: model.decode(latents, place[None])[0, 0])(own[:3])
+    assert torch.allclose(each, model.decode(latents, own[:3])[0], atol=1e-5)

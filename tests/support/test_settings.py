@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,10 +65,29 @@ def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys)
 
 def test_a_path_is_taken_and_what_is_no_setting_is_named():
     column = {"EPOCHS": 1, "EVAL_BATCH": 8, "QUERY_CHUNK": 8, "OUTPUT_DIR": Path("runs/x")}
-    assert settings_module.choose_settings(column, {}, {})["OUTPUT_DIR"] == str(Path("runs/x"))
-    for name, value in (("EPOCHS", None), ("HEAD_DIM", [64, 32]), ("EPOCHS", Path("1"))):
-        with pytest.raises(ValueError, match=rf"{name} = .*: a setting is a number, a text, True or False"):
+    column |= {"DIM": np.int64(64), "RATE": torch.tensor(0.5), "SMALL": True, "Lower": None, "F": torch.nn.functional}
+    settings = settings_module.choose_settings(column, {"SMALL": {True: {"DIM": np.int64(8)}, False: {}}}, {})
+    assert settings["OUTPUT_DIR"] == str(Path("runs/x"))
+    assert [(v, type(v)) for v in (settings["DIM"], settings["RATE"])] == [(8, int), (0.5, float)]
+    assert "F" not in settings
+    none = "a setting is a number, a text, True or False"
+    for name, value, message in (
+        ("EPOCHS", None, none),
+        ("HEAD_DIM", [64, 32], none),
+        ("HEAD_DIM", np.ones(2), none),
+        ("EPOCHS", Path("1"), none),
+        ("EPOCHS", "8", "a whole number, at least 1"),
+        ("EPOCHS", 8.0, "a whole number, at least 1"),
+        ("MAX_TRAIN_IMAGES", -1, "at least 0"),
+        ("LEARNING_RATE", float("nan"), "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} = .*: {message}"):
             settings_module.choose_settings({**column, name: value}, {}, {})
+        known = {"HEAD_DIM": 1, "MAX_TRAIN_IMAGES": 1, "LEARNING_RATE": 1.0, **column}
+        with pytest.raises(ValueError, match=rf"^{name} = .*: {message}"):
+            settings_module.choose_settings(known, {"SMALL": {True: {name: value}}}, {})
+    with pytest.raises(ValueError, match="SMALL = True sets EPOCS, which is no setting of this notebook"):
+        settings_module.choose_settings(column, {"SMALL": {True: {"EPOCS": 1}}}, {})
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/checkpoints", "out/figures"])

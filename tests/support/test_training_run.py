@@ -119,6 +119,15 @@ def test_the_best_weights_are_those_of_the_run(nb, start, tmp_path):
         first.load_best()
 
 
+def test_the_best_weights_of_an_epoch_without_a_loss_are_the_runs_own(start, tmp_path):
+    run = start(tmp_path)
+    best = torch.load(run.best_path, weights_only=True)
+    row = run.history[best["metrics"]["epoch"] - 1]
+    best["metrics"]["train_loss"] = row["train_loss"] = math.nan  # all its steps were of a fall
+    torch.save(best, run.best_path)
+    assert run.load_best()[1]["metrics"]["epoch"] == row["epoch"]
+
+
 def test_a_score_that_is_no_number_is_not_the_best(nb, start, monkeypatch, tmp_path):
     evaluate, scores = nb.evaluate, iter((math.nan, 10.0, 9.0))
     monkeypatch.setattr(nb, "evaluate", lambda *a: {**evaluate(*a), "psnr_mean": next(scores)})
@@ -150,6 +159,37 @@ def test_weights_that_took_part_of_a_state_are_not_taken_for_new_ones(nb, tiny, 
     (tmp_path / "checkpoints/mamba_ginr_state.pth").unlink()
     with pytest.raises(ValueError, match=r"these weights are trained already, .* run cell 10 for new ones"):
         train(model, tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_state_that_was_read_in_part_is_kept_and_the_model_is_no_new_one(
+    nb, tiny, data, start, monkeypatch, error, tmp_path
+):
+    def fails(*_):
+        raise error
+
+    start(tmp_path)
+    model, s = tiny(), SimpleNamespace(**SETTINGS)
+    with monkeypatch.context() as context:
+        context.setattr(nb.TrainingStep, "load_state_dict", fails)
+        expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else checkpoints.CheckpointError
+        with pytest.raises(
+            expected, match="stop" if expected is KeyboardInterrupt else "is whole, but the GPU has no memory"
+        ):
+            nb.train(model, data, s, {"DIM": 16}, tmp_path)
+    (tmp_path / "checkpoints/mamba_ginr_state.pth").rename(tmp_path / "away.pth")
+    with pytest.raises(ValueError, match="these weights are trained already"):
+        nb.train(model, data, s, {"DIM": 16}, tmp_path)
+
+
+def test_a_folders_state_from_before_there_were_checksums_goes_on(start, tmp_path):
+    start(tmp_path, {"data": "mine (folder)"})
+    start(tmp_path, {"data": "mine (folder), checksum 0123abcd"})
+    start(tmp_path / "new", {"data": "mine (folder), checksum 0123abcd"})
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"checksum 0123abcd there and mine .* checksum 89abcdef here"
+    ):
+        start(tmp_path / "new", {"data": "mine (folder), checksum 89abcdef"})
 
 
 @pytest.mark.parametrize("name", ["price_$10_$20 (folder)", "50%$_$x", "$a$"])
