@@ -98,7 +98,7 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
             raise ValueError(f"{name} = {value}: at least 0")
     for name in POSITIVE:
         if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ValueError(f"{name} = {settings[name]!r}: a whole number, at least 1")
+            raise ValueError(f"{name} = {settings[name]!r}: at least 1, and a whole number")
     if settings.get("PRECISION", "float32") not in PRECISIONS:
         raise ValueError(f"PRECISION = {settings['PRECISION']!r}: choose one of {', '.join(PRECISIONS)}")
     return settings

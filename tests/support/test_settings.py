@@ -76,8 +76,8 @@ def test_a_path_is_taken_and_what_is_no_setting_is_named():
         ("HEAD_DIM", [64, 32], none),
         ("HEAD_DIM", np.ones(2), none),
         ("EPOCHS", Path("1"), none),
-        ("EPOCHS", "8", "a whole number, at least 1"),
-        ("EPOCHS", 8.0, "a whole number, at least 1"),
+        ("EPOCHS", "8", "at least 1, and a whole number"),
+        ("EPOCHS", 8.0, "at least 1, and a whole number"),
         ("MAX_TRAIN_IMAGES", -1, "at least 0"),
         ("LEARNING_RATE", float("nan"), "at least 0"),
     ):
