@@ -160,6 +160,11 @@ def stamp(path: Path) -> tuple | None:
     return about.st_size, about.st_mtime_ns  # some network drives give a file another inode each time
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, of the GPU or of the computer."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 class CheckpointError(RuntimeError):
     """A file that cannot serve as a checkpoint; the message names it and says what to do."""
 
@@ -172,7 +177,7 @@ def read_checkpoint(path: Path, kind: str) -> dict:
         raise CheckpointError(f"{path} does not exist: train first (cell 11), or give another path.") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        short = isinstance(error, MemoryError) or "allocate memory" in reason
+        short = lacks_memory(error)
         # A file that was cut may be an invalid argument: a place before its start is looked for.
         refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EISDIR)
         if short or refused:

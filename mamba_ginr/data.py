@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -46,7 +47,7 @@ class ImageData:
         """What a resumed run must find again: the name, and of a folder the checksum of what training sees."""
         return self.name + (f", checksum {self.checksum}" if self.checksum else "")
 
-    @property
+    @cached_property
     def test(self) -> Tensor:
         return self.test_pictures.crops(torch.arange(len(self.test_pictures), device=self.test_pictures.device))
 

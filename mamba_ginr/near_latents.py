@@ -46,9 +46,10 @@ def warn_between_pixels(coords: Tensor, size: int) -> None:
     places = coords.detach().float() * size - 0.5  # whole numbers at the centres
     try:
         off = (places - places.round().clamp(0, size - 1)).abs().max().item()
+        between = not off <= 0.05  # or no number
     except (RuntimeError, TypeError):  # a transform, or a trace: no values can be looked at
         return
-    if not off <= 0.05:  # or no number
+    if between:
         warnings.warn(
             f"coords lie up to {off:.2f} pixels from the centres of the image's own pixels. Without a pixel width the "
             f"decoder answers, and training shows it these centres only: between them its colours mean nothing. Give "

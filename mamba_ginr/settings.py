@@ -49,6 +49,10 @@ def settings_from_environment(defaults: dict, environment: dict) -> dict:
 
 
 POSITIVE = "EPOCHS", "EVAL_BATCH", "QUERY_CHUNK"
+NOT_NEGATIVE = """
+    HELD_OUT MAX_TRAIN_IMAGES MAX_TEST_IMAGES MAX_PHOTOGRAPHS NUM_LP WARMUP_EPOCHS HARD_FRACTION SR_FRACTION SR_QUERIES
+    LEARNING_RATE WEIGHT_DECAY MUON_DECAY EMA_SHARE
+""".split()
 PLACES = "DATA_DIR", "OUTPUT_DIR", "PRETRAINED"
 PRECISIONS = "float16", "bfloat16", "float32"
 
@@ -56,15 +60,22 @@ PRECISIONS = "float16", "bfloat16", "float32"
 def plain(name: str, value):
     """The setting as a number, a text or a switch of Python's; ValueError for a list and the like.
 
-    A path becomes text, and a number of NumPy's or PyTorch's one of Python's. What is no value (a table, a module, a
-    function) stays as it is.
+    A path becomes text, as a dtype does, and a number of NumPy's or PyTorch's one of Python's. What is no value (a
+    table, a class, a module, a function) stays as it is.
     """
+    if isinstance(value, type):
+        return value
     if name in PLACES and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         return value.item()
     if value is None or isinstance(value, (list, tuple, set, complex, bytes, os.PathLike)) or hasattr(value, "item"):
-        raise ValueError(f"{name} = {value!r}: a setting is a number, a text, True or False")
+        raise ValueError(
+            f"{name} = {value!r}: a setting is a number, a text, True or False. A name in small letters is none; where "
+            f"the line is gone, del {name}"
+        )
     return value
 
 
@@ -86,6 +97,8 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     for n, name in changes.items():
         if n not in defaults:
             raise ValueError(f"{name} = {asked[name]!r} sets {n}, which is no setting of this notebook")
+        if not isinstance(values[n], (bool, int, float, str)):
+            raise ValueError(f"{n} = {values[n]!r}: a setting is a number, a text, True or False")
     settings = settings_from_environment(defaults | values, environment)
     settings |= {name: os.path.expanduser(settings[name]) for name in PLACES if name in settings}  # ~ is one's home
     for choice in choices:
@@ -93,9 +106,9 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
         if changed:
             what = ", ".join(f"{n} = {settings[n]} (not {defaults[n]})" for n in changed)
             print(f"{choice} = {asked[choice]} sets {what}.")
-    for name, value in settings.items():
-        if not isinstance(value, str) and not 0 <= value < math.inf:
-            raise ValueError(f"{name} = {value}: at least 0")
+    for name in NOT_NEGATIVE:
+        if name in settings and (isinstance(settings[name], str) or not settings[name] >= 0):
+            raise ValueError(f"{name} = {settings[name]!r}: a number, at least 0")
     for name in POSITIVE:
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise ValueError(f"{name} = {settings[name]!r}: at least 1, and a whole number")

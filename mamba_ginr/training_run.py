@@ -14,6 +14,7 @@ from mamba_ginr.checkpoints import (
     EARLIER,
     CheckpointError,
     Saver,
+    lacks_memory,
     load_weights,
     model_checkpoint,
     read_checkpoint,
@@ -120,12 +121,12 @@ class Run:
                 {name: tensor.to(self.device, copy=True) for name, tensor in (state[copies] or now).items()}
                 for copies in ("kept", "latest")
             )
-        except torch.OutOfMemoryError as error:
-            raise CheckpointError(
-                f"{self.state_path} is whole, but the GPU has no memory left for it: leave it there, end what else is "
-                f"on the GPU, and run cells 10 and 11 again."
-            ) from error
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+            if lacks_memory(error):
+                raise CheckpointError(
+                    f"{self.state_path} is whole, but there is too little memory for it: leave it there, end what else "
+                    f"takes memory, and run this cell again."
+                ) from error
             raise CheckpointError(
                 f"{self.state_path} does not fit this version of the training ({error!r}): to train anew, move it away "
                 f"and run cell 10 again."

@@ -82,6 +82,15 @@ def test_cell_10_mended_after_an_error_has_all_its_settings(kernel, before):
         assert kernel.names["settings"] == expected
 
 
+def test_cell_10_before_the_others_spoils_nothing(kernel):
+    for early in ((), (1,)):
+        kernel.run(*early)
+        with pytest.raises(NameError, match="MambaGINR"):
+            kernel.run(10)
+    kernel.run(*range(1, 11))
+    assert kernel.names["settings"]["EPOCHS"] == 2
+
+
 def test_a_setting_changed_between_cells_10_and_11_is_named(kernel):
     kernel.run(*range(1, 11))
     kernel.names["EPOCHS"] = 3

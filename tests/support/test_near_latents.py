@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mamba_ginr.near_latents as near_latents
 from mamba_ginr.near_latents import NearLatents, reach_of
@@ -183,3 +184,4 @@ def test_coords_between_the_pixels_without_a_width_are_told_after_training(nb, t
     with torch.no_grad():  # transforms and traces, which have no values to look at
         each = torch.vmap(lambda place: model.decode(latents, place[None])[0, 0])(own[:3])
     assert torch.allclose(each, model.decode(latents, own[:3])[0], atol=1e-5)
+    make_fx(lambda places: near_latents.warn_between_pixels(places, size), tracing_mode="fake")(own[:3])

@@ -66,10 +66,12 @@ def test_a_choice_changes_what_stands_above_and_the_environment_both(nb, capsys)
 def test_a_path_is_taken_and_what_is_no_setting_is_named():
     column = {"EPOCHS": 1, "EVAL_BATCH": 8, "QUERY_CHUNK": 8, "OUTPUT_DIR": Path("runs/x")}
     column |= {"DIM": np.int64(64), "RATE": torch.tensor(0.5), "SMALL": True, "Lower": None, "F": torch.nn.functional}
+    column |= {"T": torch.Tensor, "SHIFT": -1.0, "GRADIENT_CLIP": float("inf"), "PRECISION": torch.bfloat16}
     settings = settings_module.choose_settings(column, {"SMALL": {True: {"DIM": np.int64(8)}, False: {}}}, {})
     assert settings["OUTPUT_DIR"] == str(Path("runs/x"))
     assert [(v, type(v)) for v in (settings["DIM"], settings["RATE"])] == [(8, int), (0.5, float)]
-    assert "F" not in settings
+    assert not {"F", "T"} & settings.keys()
+    assert (settings["SHIFT"], settings["GRADIENT_CLIP"], settings["PRECISION"]) == (-1.0, float("inf"), "bfloat16")
     none = "a setting is a number, a text, True or False"
     for name, value, message in (
         ("EPOCHS", None, none),
@@ -78,8 +80,9 @@ def test_a_path_is_taken_and_what_is_no_setting_is_named():
         ("EPOCHS", Path("1"), none),
         ("EPOCHS", "8", "at least 1, and a whole number"),
         ("EPOCHS", 8.0, "at least 1, and a whole number"),
-        ("MAX_TRAIN_IMAGES", -1, "at least 0"),
-        ("LEARNING_RATE", float("nan"), "at least 0"),
+        ("MAX_TRAIN_IMAGES", -1, "a number, at least 0"),
+        ("LEARNING_RATE", float("nan"), "a number, at least 0"),
+        ("LEARNING_RATE", "1e-3", "a number, at least 0"),
     ):
         with pytest.raises(ValueError, match=rf"^{name} = .*: {message}"):
             settings_module.choose_settings({**column, name: value}, {}, {})

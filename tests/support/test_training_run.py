@@ -161,7 +161,15 @@ def test_weights_that_took_part_of_a_state_are_not_taken_for_new_ones(nb, tiny, 
         train(model, tmp_path)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt("stop"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_a_state_that_was_read_in_part_is_kept_and_the_model_is_no_new_one(
     nb, tiny, data, start, monkeypatch, error, tmp_path
 ):
@@ -174,7 +182,7 @@ def test_a_state_that_was_read_in_part_is_kept_and_the_model_is_no_new_one(
         context.setattr(nb.TrainingStep, "load_state_dict", fails)
         expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else checkpoints.CheckpointError
         with pytest.raises(
-            expected, match="stop" if expected is KeyboardInterrupt else "is whole, but the GPU has no memory"
+            expected, match="stop" if expected is KeyboardInterrupt else "is whole, but there is too little memory"
         ):
             nb.train(model, data, s, {"DIM": 16}, tmp_path)
     (tmp_path / "checkpoints/mamba_ginr_state.pth").rename(tmp_path / "away.pth")
