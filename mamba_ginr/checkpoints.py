@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mamba_ginr.kernels.backends import lacks_memory
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -158,11 +160,6 @@ def stamp(path: Path) -> tuple | None:
     except FileNotFoundError:
         return None
     return about.st_size, about.st_mtime_ns  # some network drives give a file another inode each time
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, of the GPU or of the computer."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 class CheckpointError(RuntimeError):

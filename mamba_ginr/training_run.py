@@ -14,12 +14,12 @@ from mamba_ginr.checkpoints import (
     EARLIER,
     CheckpointError,
     Saver,
-    lacks_memory,
     load_weights,
     model_checkpoint,
     read_checkpoint,
     stamp,
 )
+from mamba_ginr.kernels.backends import lacks_memory
 
 
 class ResumableStep:

@@ -30,7 +30,7 @@ def register(operation: str, backend: str, run: Callable, probe: Callable[[torch
     """Make ``run`` what ``backend`` does for ``operation``.
 
     ``probe`` tries the backend on a GPU, once a process: it returns what keeps it from running there, "" if it runs.
-    What may be otherwise the next time, such as a lack of memory, it raises, as ``passing`` tells.
+    What may be otherwise the next time, such as a lack of memory, it raises, as ``lacks_memory`` tells.
     """
     _runs.setdefault(operation, {})[backend] = run
     if probe is not None:
@@ -138,15 +138,16 @@ def _fault_of(name: str, device: torch.device | str) -> str:
         try:
             _faults[key] = _probes[name](device)
         except Exception as error:
-            if not passing(error):
+            if not lacks_memory(error):
                 raise
             return f"no memory was left on {device} to try {name}, which is tried again next time ({first_line(error)})"
     return _faults[key]
 
 
-def passing(error: Exception) -> bool:
-    """Whether an error is a lack of memory, which says nothing of what runs on a machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, of the GPU or of the computer, which says nothing of anything else."""
+    kinds, told = (MemoryError, torch.OutOfMemoryError), str(error).lower()
+    return isinstance(error, kinds) or "out of memory" in told or "allocate memory" in told
 
 
 def threads_of(device: torch.device | str) -> ThreadPoolExecutor:

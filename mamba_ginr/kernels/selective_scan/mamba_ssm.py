@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import first_line, passing, register
+from mamba_ginr.kernels.backends import first_line, lacks_memory, register
 from mamba_ginr.kernels.selective_scan.directions import one_direction_at_a_time
 
 # Without these flags pip may reuse a build without the kernel, or give up where no ready wheel can be looked up.
@@ -47,7 +47,7 @@ def _try_mamba_ssm(device: torch.device) -> str:
         x = torch.ones(1, 1, 8, device=device)
         scan(x, x, torch.full((1, 1), -1.0, device=device), x, x).sum().item()
     except Exception as error:
-        if passing(error):
+        if lacks_memory(error):
             raise
         return f"mamba-ssm's CUDA kernel does not run ({first_line(error)}); rebuild it: {REBUILD}"
     return ""

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_ginr.kernels.backends import first_line, passing, refuse_second_derivatives, register, threads_of
+from mamba_ginr.kernels.backends import first_line, lacks_memory, refuse_second_derivatives, register, threads_of
 from mamba_ginr.kernels.selective_scan.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -246,7 +246,7 @@ def _try_triton(device: torch.device) -> str:
             du, *_others = _triton_scan_backward(torch.ones_like(out), states, *inputs, True)
         return "" if torch.isfinite(du).all() else "Triton's kernels give wrong results on this GPU"
     except Exception as error:
-        if passing(error):
+        if lacks_memory(error):
             raise
         # No C compiler, a GPU older than the compiler knows, a driver that does not fit.
         return f"Triton's kernels do not run ({first_line(error)}); they need a C compiler and a GPU from Volta on"
