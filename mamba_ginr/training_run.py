@@ -106,9 +106,8 @@ class Run:
                 f"{self.state_path} is the state of another run: {changes}. Nothing was changed. "
                 f"Set these back to resume that run. To start a new one, move the file away or set another OUTPUT_DIR."
             )
-        self.model.trained = (
-            True  # from here on some of its weights may be the state's, and nothing may train from them
-        )
+        # From here on some of its weights may be the state's, and nothing may take them for new ones.
+        self.model.trained = True
         try:
             self.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
