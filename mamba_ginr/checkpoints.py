@@ -20,7 +20,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-EARLIER = {"head_latents": True, "image_size": 32}  # what files from before there was such a choice were made with
+# What files from before there was such a choice were made with.
+EARLIER = {"head_latents": True, "image_size": 32, "position_scale": 1.0}
 
 
 def save_atomically(path: Path, write, elsewhere: str = "set OUTPUT_DIR to another folder") -> None:

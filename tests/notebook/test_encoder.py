@@ -20,7 +20,7 @@ def test_tokens_that_leave_before_the_last_feed_forward_come_out_alike(nb):
 
 
 def test_patches_are_cut_in_raster_order(nb):
-    embedding = nb.PatchEmbedding(4, 2, 12, pixel_scale=4.0, fourier_std=1.0, seed=0)
+    embedding = nb.PatchEmbedding(4, 2, 12, pixel_scale=4.0, position_scale=1.0, fourier_std=1.0, seed=0)
     embedding.to_token.weight.data = torch.eye(12)
     for layer in (embedding.to_token, embedding.to_position):
         torch.nn.init.zeros_(layer.bias)
@@ -32,6 +32,16 @@ def test_patches_are_cut_in_raster_order(nb):
         row, column = divmod(patch, 2)
         expected = image[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0)
         assert torch.allclose(tokens[patch], expected, atol=1e-6)
+
+
+def test_the_positional_encoding_starts_as_large_as_asked(nb):
+    encodings = []
+    for scale in (1.0, 8.0):
+        torch.manual_seed(0)
+        embedding = nb.PatchEmbedding(8, 2, 12, pixel_scale=4.0, position_scale=scale, fourier_std=1.0, seed=0)
+        encodings.append(embedding.to_position(embedding.fourier(embedding.centres)))
+    assert torch.allclose(encodings[1], 8 * encodings[0], rtol=1e-6)
+    assert embedding.to_position.weight.requires_grad
 
 
 def test_pixels_enter_exactly_as_float16_and_tf32_operands(nb, tiny):
