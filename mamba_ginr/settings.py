@@ -51,7 +51,7 @@ def settings_from_environment(defaults: dict, environment: dict) -> dict:
 POSITIVE = "EPOCHS", "EVAL_BATCH", "QUERY_CHUNK"
 NOT_NEGATIVE = """
     HELD_OUT MAX_TRAIN_IMAGES MAX_TEST_IMAGES MAX_PHOTOGRAPHS NUM_LP WARMUP_EPOCHS HARD_FRACTION SR_FRACTION SR_QUERIES
-    LEARNING_RATE WEIGHT_DECAY MUON_DECAY EMA_SHARE
+    LEARNING_RATE WEIGHT_DECAY MUON_DECAY EMA_SHARE REFINE_STEPS REFINE_RATE
 """.split()
 PLACES = "DATA_DIR", "OUTPUT_DIR", "PRETRAINED"
 PRECISIONS = "float16", "bfloat16", "float32"
@@ -120,12 +120,12 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
 # What two machines, or the same run continued elsewhere, may have differently.
 ELSEWHERE = """
     SMALL TRAIN PRETRAINED DATASET DATA_DIR OUTPUT_DIR MAX_TEST_IMAGES MAX_PHOTOGRAPHS QUERY_CHUNK EVAL_BATCH
-    SCAN_BACKEND COMPILE FUSED
+    SCAN_BACKEND COMPILE FUSED REFINE_STEPS REFINE_RATE
 """.split()
 
 
 def what_a_run_shares(settings: dict, names: dict | None = None) -> dict:
-    """The settings that a resumed run must share with its state: all but those of place and of reporting.
+    """The settings that a resumed run must share with its state: all but those of place, reporting and what follows.
 
     ``names`` are the notebook's now: ValueError where one was set after cell 10, which would change nothing.
     """

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -246,6 +247,13 @@ class Run:
                 f"move both away to train anew."
             )
         return model, checkpoint
+
+    def replace_best(self, model: nn.Module, refined: dict) -> None:
+        """Write ``model`` in place of the weights that did best, with what refined them; their row stays theirs."""
+        metrics = read_checkpoint(self.best_path, "model")["metrics"]
+        self.best = {**model_checkpoint(model, self.identity, metrics), "refined": refined}
+        with closing(self.saver):
+            self.save()
 
     def save(self) -> None:
         """Have the best weights and the state written; of several processes, by the first."""

@@ -6,7 +6,7 @@ SETTINGS = {
     "EPOCHS": 3, "WARMUP_EPOCHS": 1, "BATCH_SIZE": 8, "EVAL_BATCH": 16, "LEARNING_RATE": 2e-3, "BETA2": 0.99,
     "WEIGHT_DECAY": 1e-4, "GRADIENT_CLIP": 2.0, "LOG_LOSS": True, "EMA_SHARE": 0.15, "SEED": 0, "COMPILE": False,
     "DECODER": "lainr", "HARD_FRACTION": 0.25, "SR_FRACTION": 0.25, "SR_QUERIES": 64, "OPTIMIZER": "muon",
-    "MUON_DECAY": 0.1,
+    "MUON_DECAY": 0.1, "REFINE_STEPS": 0, "REFINE_RATE": 1e-4,
 }  # fmt: skip
 
 STEPS = 5  # an epoch of 44 images

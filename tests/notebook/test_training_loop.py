@@ -1,5 +1,6 @@
 """The training loop: what it writes, which weights it keeps, and settings that fit no epoch."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,44 @@ def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monk
     assert sorted(kept) == [1, 2]
     rounded = {k: v.half().float() if k.startswith("head.") else v for k, v in kept[2].items()}
     assert all(torch.equal(v, rounded[k]) for k, v in model.state_dict().items())
+
+
+def test_the_decoder_of_the_best_weights_is_refined_once(nb, start, data, capsys, tmp_path):
+    run = start(tmp_path)
+    before, checkpoint = run.load_best()
+    settings = SimpleNamespace(**{**SETTINGS, "REFINE_STEPS": 40})
+    capsys.readouterr()
+    nb.refine(run, data.train, data.held_out, settings)
+    line = re.fullmatch(
+        r"Decoder refined in float32, 40 steps: held out (.+) → (.+) dB in float32\n", capsys.readouterr().out
+    )
+    after, refined = run.load_best()
+    assert refined["metrics"] == checkpoint["metrics"]
+    assert refined["refined"]["steps"] == 40
+    scores = [nb.evaluate(model, data.held_out, 16)["psnr_mean"] for model in (before, after)]
+    assert scores == pytest.approx([refined["refined"][when] for when in ("before", "after")])
+    assert [f"{score:.2f}" for score in scores] == list(line.groups())
+    assert scores[1] > scores[0]
+    was, now = before.state_dict(), after.state_dict()
+    assert {name for name in was if not torch.equal(was[name], now[name])} == {
+        name for name, _ in before.named_parameters() if name.startswith("decoder.")
+    }
+    written = run.best_path.read_bytes()
+    nb.refine(run, data.train, data.held_out, settings)
+    assert capsys.readouterr().out == ""
+    assert run.best_path.read_bytes() == written
+    again = start(tmp_path)  # the finished run, read back
+    assert again.epoch == 3
+    assert "refined" in again.load_best()[1]
+
+
+def test_weights_that_refining_harms_stay(nb, start, data, tmp_path):
+    run = start(tmp_path)
+    before = run.load_best()[0].state_dict()
+    nb.refine(run, data.train, data.held_out, SimpleNamespace(**{**SETTINGS, "REFINE_STEPS": 5, "REFINE_RATE": 10.0}))
+    after, checkpoint = run.load_best()
+    assert checkpoint["refined"]["after"] < checkpoint["refined"]["before"]
+    assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
 
 
 def test_trained_weights_start_no_other_run(nb, tiny, data, tmp_path):
