@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -121,6 +121,19 @@ class Progress:
         self.stale = False
         if is_first():
             self.curves = show(draw_curves(self.run.history, self.title), self.path, self.curves)
+
+
+@contextmanager
+def refining(run: Run, steps: int) -> Iterator[Iterable[int]]:
+    """The steps that follow a finished run, with a bar; meanwhile no other process may write the run's files.
+
+    CheckpointError where one does; KeyboardInterrupt, with what it means for the run, if one comes.
+    """
+    with only_writer(run.state_path), tqdm(range(steps), desc="refining", leave=False) as bar:
+        try:
+            yield bar
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the run is saved, its refining is not: run this cell again to go on") from None
 
 
 @contextmanager

@@ -109,6 +109,8 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     for name in NOT_NEGATIVE:
         if name in settings and (isinstance(settings[name], str) or not settings[name] >= 0):
             raise ValueError(f"{name} = {settings[name]!r}: a number, at least 0")
+    if not isinstance(settings.get("REFINE_STEPS", 0), int):  # a long training later would be too late
+        raise ValueError(f"REFINE_STEPS = {settings['REFINE_STEPS']!r}: a whole number, at least 0")
     for name in POSITIVE:
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise ValueError(f"{name} = {settings[name]!r}: at least 1, and a whole number")
@@ -117,24 +119,25 @@ def choose_settings(names: dict, choices: dict, environment: dict) -> dict:
     return settings
 
 
+AFTERWARDS = "REFINE_STEPS", "REFINE_RATE"  # of what follows a run
 # What two machines, or the same run continued elsewhere, may have differently.
 ELSEWHERE = """
     SMALL TRAIN PRETRAINED DATASET DATA_DIR OUTPUT_DIR MAX_TEST_IMAGES MAX_PHOTOGRAPHS QUERY_CHUNK EVAL_BATCH
-    SCAN_BACKEND COMPILE FUSED REFINE_STEPS REFINE_RATE
+    SCAN_BACKEND COMPILE FUSED
 """.split()
 
 
 def what_a_run_shares(settings: dict, names: dict | None = None) -> dict:
-    """The settings that a resumed run must share with its state: all but those of place, reporting and what follows.
+    """The settings that a resumed run must share with its state: all but those of place, reporting and refining.
 
     ``names`` are the notebook's now: ValueError where one was set after cell 10, which would change nothing.
     """
-    shared = {name: value for name, value in settings.items() if name not in ELSEWHERE}
-    if late := [f"{n} = {names[n]!r} (not {v!r})" for n, v in shared.items() if names and names.get(n, v) != v]:
+    used = {name: value for name, value in settings.items() if name not in ELSEWHERE}
+    if late := [f"{n} = {names[n]!r} (not {v!r})" for n, v in used.items() if names and names.get(n, v) != v]:
         raise ValueError(
             f"set after cell 10, where it has no effect: {', '.join(late)}. Set it in cell 10, and run that."
         )
-    return shared
+    return {name: value for name, value in used.items() if name not in AFTERWARDS}
 
 
 def check_output(output: str) -> None:

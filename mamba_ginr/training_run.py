@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from mamba_ginr.checkpoints import (
     load_weights,
     model_checkpoint,
     read_checkpoint,
+    save_atomically,
     stamp,
 )
 from mamba_ginr.kernels.backends import lacks_memory
@@ -248,12 +248,13 @@ class Run:
             )
         return model, checkpoint
 
-    def replace_best(self, model: nn.Module, refined: dict) -> None:
-        """Write ``model`` in place of the weights that did best, with what refined them; their row stays theirs."""
-        metrics = read_checkpoint(self.best_path, "model")["metrics"]
-        self.best = {**model_checkpoint(model, self.identity, metrics), "refined": refined}
-        with closing(self.saver):
-            self.save()
+    def replace_best(self, model: nn.Module, metrics: dict, refined: dict) -> None:
+        """Write ``model`` in place of the best weights, with their epoch's ``metrics`` and what it was ``refined`` by.
+
+        The state stays what it is, and so do the run's time and memory.
+        """
+        checkpoint = {**model_checkpoint(model, self.identity, metrics), "refined": refined}
+        save_atomically(self.best_path, lambda file: torch.save(checkpoint, file))
 
     def save(self) -> None:
         """Have the best weights and the state written; of several processes, by the first."""

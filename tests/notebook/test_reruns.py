@@ -54,6 +54,27 @@ def test_any_cell_run_again_gives_the_same(kernel, monkeypatch):
     assert kernel.results() == first
 
 
+def test_a_finished_run_is_refined_when_its_cells_are_run_again(kernel, monkeypatch, capsys):
+    kernel.run(*range(1, 14))
+    unrefined = kernel.results()[2]
+    assert unrefined["refined"] is None
+    kernel.names["REFINE_STEPS"] = 3
+    with pytest.raises(ValueError, match=r"set after cell 10, where it has no effect: REFINE_STEPS = 3 \(not 0\)"):
+        kernel.run(11)
+    monkeypatch.setenv("MAMBA_GINR_REFINE_STEPS", "3")
+    monkeypatch.setenv("MAMBA_GINR_REFINE_RATE", "1e-4")
+    kernel.run(*range(1, 14))
+    refined = kernel.results()[2]
+    assert refined["refined"]["steps"] == 3
+    assert refined["refined"]["held_out"] > refined["refined"]["held_out_before"]
+    assert refined["psnr_mean"] != unrefined["psnr_mean"]
+    for same in ("minutes", "peak_memory_gib", "best_epoch", "epochs"):
+        assert refined[same] == unrefined[same]
+    capsys.readouterr()
+    kernel.run(10, 11)
+    assert "The decoder was refined before: 3 steps, rate 0.0001.\n" in capsys.readouterr().out
+
+
 def test_names_of_ones_own_join_no_settings(kernel):
     kernel.run(*range(1, 11))
     settings = dict(kernel.names["settings"])

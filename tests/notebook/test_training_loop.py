@@ -49,20 +49,31 @@ def test_the_best_weights_are_those_of_the_held_out_images(nb, start, data, monk
     assert all(torch.equal(v, rounded[k]) for k, v in model.state_dict().items())
 
 
-def test_the_decoder_of_the_best_weights_is_refined_once(nb, start, data, capsys, tmp_path):
-    run = start(tmp_path)
+REFINE = SimpleNamespace(**{**SETTINGS, "BATCH_SIZE": 16, "REFINE_STEPS": 40, "REFINE_RATE": 1e-4})
+
+
+def test_the_decoder_of_the_best_weights_is_refined_once(nb, start, data, capsys, monkeypatch, tmp_path):
+    run, made = start(tmp_path), []
+    state = run.state_path.read_bytes()
     before, checkpoint = run.load_best()
-    settings = SimpleNamespace(**{**SETTINGS, "REFINE_STEPS": 40})
     capsys.readouterr()
-    nb.refine(run, data.train, data.held_out, settings)
-    line = re.fullmatch(
-        r"Decoder refined in float32, 40 steps: held out (.+) → (.+) dB in float32\n", capsys.readouterr().out
-    )
+
+    class Spy(nb.Sampler):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(nb, "Sampler", Spy)
+    torch.set_float32_matmul_precision("high")
+    nb.refine(run, data, REFINE)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert (len(made[0].pictures), made[0].batch_size, made[0].hard, made[0].mosaics) == (44, 4, 1, 0)
+    line = re.fullmatch(r"Decoder refined in 40 steps, held out in float32: (.+) → (.+) dB\n", capsys.readouterr().out)
     after, refined = run.load_best()
     assert refined["metrics"] == checkpoint["metrics"]
-    assert refined["refined"]["steps"] == 40
     scores = [nb.evaluate(model, data.held_out, 16)["psnr_mean"] for model in (before, after)]
-    assert scores == pytest.approx([refined["refined"][when] for when in ("before", "after")])
+    about = {"steps": 40, "rate": 1e-4, "held_out_before": scores[0], "held_out": scores[1]}
+    assert refined["refined"] == pytest.approx(about)
     assert [f"{score:.2f}" for score in scores] == list(line.groups())
     assert scores[1] > scores[0]
     was, now = before.state_dict(), after.state_dict()
@@ -70,21 +81,36 @@ def test_the_decoder_of_the_best_weights_is_refined_once(nb, start, data, capsys
         name for name, _ in before.named_parameters() if name.startswith("decoder.")
     }
     written = run.best_path.read_bytes()
-    nb.refine(run, data.train, data.held_out, settings)
-    assert capsys.readouterr().out == ""
-    assert run.best_path.read_bytes() == written
-    again = start(tmp_path)  # the finished run, read back
-    assert again.epoch == 3
-    assert "refined" in again.load_best()[1]
+    nb.refine(run, data, REFINE)
+    assert capsys.readouterr().out == "The decoder was refined before: 40 steps, rate 0.0001.\n"
+    assert (run.best_path.read_bytes(), run.state_path.read_bytes()) == (written, state)
 
 
-def test_weights_that_refining_harms_stay(nb, start, data, tmp_path):
+def test_weights_that_refining_harms_stay_and_can_be_refined_again(nb, start, data, capsys, tmp_path):
     run = start(tmp_path)
-    before = run.load_best()[0].state_dict()
-    nb.refine(run, data.train, data.held_out, SimpleNamespace(**{**SETTINGS, "REFINE_STEPS": 5, "REFINE_RATE": 10.0}))
-    after, checkpoint = run.load_best()
-    assert checkpoint["refined"]["after"] < checkpoint["refined"]["before"]
-    assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
+    written = run.best_path.read_bytes()
+    nb.refine(run, data, SimpleNamespace(**{**vars(REFINE), "REFINE_STEPS": 5, "REFINE_RATE": 10.0}))
+    assert capsys.readouterr().out.endswith(" dB: left as it was\n")
+    assert run.best_path.read_bytes() == written
+    nb.refine(run, data, REFINE)
+    assert "refined" in run.load_best()[1]
+
+
+def test_an_interrupted_refining_changes_nothing(nb, start, data, monkeypatch, tmp_path):
+    run = start(tmp_path)
+    files = {path: path.read_bytes() for path in (run.best_path, run.state_path)}
+
+    def interrupt(*_):
+        assert list((tmp_path / "checkpoints").glob(".*.lock"))  # no other process may write meanwhile
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, "shortfall", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="the run is saved, its refining is not: run this cell again"):
+            nb.refine(run, data, REFINE)
+    assert {path: path.read_bytes() for path in files} == files
+    nb.refine(run, data, REFINE)
+    assert "refined" in run.load_best()[1]
 
 
 def test_trained_weights_start_no_other_run(nb, tiny, data, tmp_path):

@@ -81,6 +81,7 @@ def test_a_path_is_taken_and_what_is_no_setting_is_named():
         ("EPOCHS", "8", "at least 1, and a whole number"),
         ("EPOCHS", 8.0, "at least 1, and a whole number"),
         ("MAX_TRAIN_IMAGES", -1, "a number, at least 0"),
+        ("REFINE_STEPS", 150.0, "a whole number, at least 0"),
         ("LEARNING_RATE", float("nan"), "a number, at least 0"),
         ("LEARNING_RATE", "1e-3", "a number, at least 0"),
     ):
