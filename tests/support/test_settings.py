@@ -87,7 +87,7 @@ def test_a_path_is_taken_and_what_is_no_setting_is_named():
     ):
         with pytest.raises(ValueError, match=rf"^{name} = .*: {message}"):
             settings_module.choose_settings({**column, name: value}, {}, {})
-        known = {"HEAD_DIM": 1, "MAX_TRAIN_IMAGES": 1, "LEARNING_RATE": 1.0, **column}
+        known = {"HEAD_DIM": 1, "MAX_TRAIN_IMAGES": 1, "LEARNING_RATE": 1.0, "REFINE_STEPS": 0, **column}
         with pytest.raises(ValueError, match=rf"^{name} = .*: {message}"):
             settings_module.choose_settings(known, {"SMALL": {True: {name: value}}}, {})
     with pytest.raises(ValueError, match="SMALL = True sets EPOCS, which is no setting of this notebook"):
