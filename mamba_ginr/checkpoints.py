@@ -201,9 +201,9 @@ def model_checkpoint(model: nn.Module, settings: dict, metrics: dict) -> dict:
     return {**checkpoint, "weights": weights}
 
 
-def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict) -> None:
-    """Write a ``model_checkpoint`` to ``path``, atomically."""
-    checkpoint = model_checkpoint(model, settings, metrics)
+def save_model(path: Path, model: nn.Module, settings: dict, metrics: dict, **more) -> None:
+    """Write a ``model_checkpoint``, and what ``more`` a reader should find in it, to ``path``, atomically."""
+    checkpoint = {**model_checkpoint(model, settings, metrics), **more}
     save_atomically(path, lambda file: torch.save(checkpoint, file))
 
 

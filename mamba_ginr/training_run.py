@@ -17,7 +17,6 @@ from mamba_ginr.checkpoints import (
     load_weights,
     model_checkpoint,
     read_checkpoint,
-    save_atomically,
     stamp,
 )
 from mamba_ginr.kernels.backends import lacks_memory
@@ -247,14 +246,6 @@ class Run:
                 f"move both away to train anew."
             )
         return model, checkpoint
-
-    def replace_best(self, model: nn.Module, metrics: dict, refined: dict) -> None:
-        """Write ``model`` in place of the best weights, with their epoch's ``metrics`` and what it was ``refined`` by.
-
-        The state stays what it is, and so do the run's time and memory.
-        """
-        checkpoint = {**model_checkpoint(model, self.identity, metrics), "refined": refined}
-        save_atomically(self.best_path, lambda file: torch.save(checkpoint, file))
 
     def save(self) -> None:
         """Have the best weights and the state written; of several processes, by the first."""
