@@ -105,7 +105,8 @@ def tiny(nb):
     def build(seed: int = 0, **changes):
         torch.manual_seed(seed)
         config = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 1, "d_state": 4, "num_lp": 16}
-        config |= {"head_dim": 8, "head_blocks": 1, "head_hidden": 16, "decoder_dim": 32, "decoder_blocks": 1}
+        config |= {"position_scale": 1.0, "head_dim": 8, "head_blocks": 1, "head_hidden": 16}
+        config |= {"decoder_dim": 32, "decoder_blocks": 1}
         return nb.MambaGINR(**{**config, "num_frequencies": 8, **changes})
 
     return build
