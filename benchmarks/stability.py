@@ -5,8 +5,8 @@
     MAMBA_GINR_DECODER=scent python benchmarks/stability.py --seeds 4
 
 Settings are those of cell 10, and what the environment sets of them, but for EPOCHS, WARMUP_EPOCHS (1) and
-MAX_TRAIN_IMAGES, which are options here. The step is compiled and captured once, and each
-seed begins with weights of its own and an optimizer that remembers nothing; the batches are the seed's, too. Prints a
+MAX_TRAIN_IMAGES, which are options here; nothing is refined. The step is compiled and captured once, and each seed
+begins with weights of its own and an optimizer that remembers nothing; the batches are the seed's, too. Prints a
 row for each seed and their spread, and adds the rows to --out as JSON lines.
 """
 

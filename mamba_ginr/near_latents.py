@@ -1,8 +1,8 @@
 """Which latents a query of the decoder reads: all of a small image's, in a larger one those of the patches around it.
 
 The attention's bias falls as exp(−locality · r²) with r patches. What lies further away than ``reach`` patches from
-the patch of a query weighs less than float32's last bit, and is not read. (That holds where the latents' logits lie no
-further apart than NEGLIGIBLE says.) So time and memory of a query do not depend on the image's size.
+the patch of a query weighs less than float32's last bit, and is not read. (That is sure where its logit leads those
+nearby by no more than NEGLIGIBLE says.) So time and memory of a query do not depend on the image's size.
 """
 
 import math
@@ -20,7 +20,9 @@ Bias = Callable[[Tensor, Tensor], Tensor]  # (..., Q, 2) and (..., K, 2) → (..
 
 WHOLE = 16  # patches a side, up to which all are read, in one product: an image of 32×32 in patches of 2
 AT_ONCE, LEAST = 65_536, 4096  # queries without a gradient: of a batch, and at least of each of its images
-NEGLIGIBLE = 56.0  # e⁻⁵⁶: float32's last bit (e⁻¹⁷) where logits differ by 39, the most of the committed weights (38)
+# e⁻⁵⁶: float32's last bit (e⁻¹⁷) where a distant logit leads by 39. In the committed weights logits lie up to 85 apart,
+# but nearby ones lead: on 17 photographs and 4 images of noise what is left out weighs 5e-27 at most.
+NEGLIGIBLE = 56.0
 
 
 def reach_of(locality: float) -> float:

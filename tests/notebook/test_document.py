@@ -4,6 +4,7 @@ import json
 import re
 
 import nbformat
+import pytest
 from conftest import NOTEBOOK, ROOT, notebook_cells
 from notebook_checks import RESULTS, check_outputs
 
@@ -19,6 +20,18 @@ def test_the_committed_notebook_is_one_clean_run_of_the_full_model():
     assert f"{results['psnr_mean']:.2f} dB mean PSNR on 10,000 test images" in summary
     log = "".join(t for o in notebook_cells("code")[10]["outputs"] for t in o.get("text", ()))
     assert len(re.findall(r"^ *\d+ ", log, re.MULTILINE)) == results["epochs"]
+    about = results["refined"]
+    line = f"Decoder refined in {about['steps']} steps, held out in float32: "
+    assert line + f"{about['held_out_before']:.2f} → {about['held_out']:.2f} dB\n" in log
+
+
+def test_the_committed_weights_are_those_of_this_run(nb):
+    checkpoint = nb.load_model(ROOT / "checkpoints/mamba_ginr_best.pth")[1]
+    results = json.loads((ROOT / "figures/results.json").read_text())
+    assert checkpoint["config"] == nb.MambaGINR().config
+    assert checkpoint["refined"] == results["refined"]
+    assert checkpoint["metrics"]["epoch"] == results["best_epoch"]
+    assert checkpoint["metrics"]["minutes"] == pytest.approx(results["minutes"], abs=0.01)
 
 
 def test_every_code_cell_has_prose_before_it_and_no_magics():
@@ -41,5 +54,13 @@ def test_the_readme_and_the_notebook_quote_the_results():
         ("minutes", 1),
     ]:
         assert f"{results[name]:.{digits}f}" in readme, name
+    tables = (ROOT / "docs/RESULTS.md").read_text()
+    for enlarged, scores in results["enlargement"].items():
+        name = enlarged.replace("CIFAR-10 (folder)", "CIFAR-10 test set")
+        row = [scores[key] for key in ("nearest", "bicubic", "lanczos")]
+        row = " | ".join(f"{psnr:.2f}" for psnr in row) + f" | **{scores['model']:.2f}** | {scores['consistency']:.1f}"
+        assert f"| {name} | {row} |" in tables
+        if "CIFAR-10" in enlarged:
+            assert f"+{scores['model'] - scores['bicubic']:.2f} dB" in readme
     for picture in re.findall(r"\]\((figures/[^)]+)\)", readme):
         assert (ROOT / picture).exists(), picture

@@ -24,6 +24,30 @@ def test_counts_of_zero_are_named_before_anything_begins(nb, monkeypatch, name):
         exec(notebook_cells("code")[9]["source"], {**vars(nb), "__name__": "again"})
 
 
+@pytest.mark.parametrize(
+    ("choice", "position_scale", "refine_steps"),
+    [
+        ({}, 8, 150),
+        ({"DECODER": "gaussian"}, 1, 150),
+        ({"DECODER": "scent"}, 1, 150),
+        ({"DECODER": "hybrid"}, 1, 150),
+        ({"OPTIMIZER": "adamw"}, 1, 150),
+        ({"SMALL": "1"}, 1, 0),
+    ],
+)
+def test_only_what_was_measured_with_it_starts_with_a_larger_positional_encoding(
+    nb, monkeypatch, choice, position_scale, refine_steps
+):
+    for name, value in {"SMALL": "0", **choice}.items():
+        monkeypatch.setenv(f"MAMBA_GINR_{name}", value)
+    names = {**vars(nb), "__name__": "again"}
+    exec(notebook_cells("code")[9]["source"], names)
+    assert names["model_config"]["position_scale"] == names["settings"]["POSITION_SCALE"] == position_scale
+    assert names["settings"]["REFINE_STEPS"] == refine_steps
+    if not choice:
+        assert nb.MambaGINR(**names["model_config"]).config == nb.MambaGINR().config
+
+
 @pytest.fixture
 def run_cell_10(nb, monkeypatch, tmp_path):
     """Run the cell in an empty folder, with settings from outside."""

@@ -137,13 +137,15 @@ def test_weights_from_before_the_head_load_and_interpolate(nb, tiny, tmp_path, c
 
 
 def test_weights_that_call_the_decoder_residual_load(nb, tiny, tmp_path):
-    """So do those from before the head could do without latents."""
+    """So do those from before the head could do without latents, and from before the positional encoding's scale."""
     model = tiny()
     model.config = {**model.config, "decoder": "residual"}
-    del model.config["head_latents"]
+    del model.config["head_latents"], model.config["position_scale"]
     checkpoints.save_model(tmp_path / "old.pth", model, {}, {})
     old, checkpoint = nb.load_model(tmp_path / "old.pth")
     assert old.config["decoder"] == checkpoint["config"]["decoder"] == "lainr"
+    assert old.config["position_scale"] == 1
+    assert nb.MambaGINR().config["position_scale"] == 8
     assert torch.equal(old.decoder.to_rgb.weight, model.decoder.to_rgb.weight)
 
 
