@@ -9,10 +9,14 @@ from conftest import NOTEBOOK, ROOT, notebook_cells
 from notebook_checks import RESULTS, check_outputs
 
 
+def committed_results() -> dict:
+    return json.loads((ROOT / "figures/results.json").read_text())
+
+
 def test_the_committed_notebook_is_one_clean_run_of_the_full_model():
     nbformat.validate(nbformat.read(NOTEBOOK, as_version=4))
     check_outputs(NOTEBOOK)
-    results = json.loads((ROOT / "figures/results.json").read_text())
+    results = committed_results()
     assert results.keys() >= RESULTS
     assert results["dataset"].startswith("CIFAR-10")
     assert (results["train_images"], results["test_images"]) == (49_000, 10_000)
@@ -27,7 +31,7 @@ def test_the_committed_notebook_is_one_clean_run_of_the_full_model():
 
 def test_the_committed_weights_are_those_of_this_run(nb):
     checkpoint = nb.load_model(ROOT / "checkpoints/mamba_ginr_best.pth")[1]
-    results = json.loads((ROOT / "figures/results.json").read_text())
+    results = committed_results()
     assert checkpoint["config"] == nb.MambaGINR().config
     assert checkpoint["refined"] == results["refined"]
     assert checkpoint["metrics"]["epoch"] == results["best_epoch"]
@@ -42,7 +46,7 @@ def test_every_code_cell_has_prose_before_it_and_no_magics():
 
 
 def test_the_readme_and_the_notebook_quote_the_results():
-    readme, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "figures/results.json").read_text())
+    readme, results = (ROOT / "README.md").read_text(), committed_results()
     reading = notebook_cells("markdown")[-1]["source"]
     for text in ("{psnr_mean:.2f} dB,", "stands at {psnr_worst:.2f} dB", "{bit_exact_share:.0%} of the images"):
         assert text.format(**results) in reading.replace(" %", "%"), text
