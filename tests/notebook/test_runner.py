@@ -83,6 +83,24 @@ def outputs(path: Path) -> str:
     return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", ()))
 
 
+@pytest.mark.parametrize(
+    "line, error",
+    [
+        ("sys.stderr.flush()", "RuntimeError: the event loop is closed"),
+        ('self._publish_status_and_flush("idle", "control", self.control_stream)', "zmq.error.ZMQError: Not a socket"),
+    ],
+)
+def test_what_a_kernel_says_of_its_own_end_is_left_out_and_nothing_else(line, error):
+    def report(place: str) -> str:
+        return (
+            "ERROR:tornado.general:Uncaught exception in ZMQStream callback\nTraceback (most recent call last):\n"
+            f'  File "site-packages/ipykernel/kernelbase.py", line 409, in {place}\n    {line}\n{error}\n'
+        )
+
+    assert without_farewell("before\n" + report("process_control") + "after\n") == "before\nafter\n"
+    assert without_farewell(report("dispatch_shell")) == report("dispatch_shell")
+
+
 def test_two_runs_from_another_folder_with_spaces_and_other_letters(begin, sockets, tmp_path):
     """At once, one in a terminal that has no such letters."""
     notebook = write_notebook(tmp_path / "ein Ordner ü/mein Heft é.ipynb", HELLO, kernel="a kernel of another machine")
