@@ -20,6 +20,15 @@ def compile_loss(function: Callable) -> Callable:
     return torch.compile(function, options={name: on for name, on in options.items() if name in list_options()})
 
 
+def start_compiler(device: torch.device) -> None:
+    """On a GPU, have ``torch.compile`` load what it consists of and start its worker processes, which takes seconds.
+
+    A head start and no more: what goes wrong here shows where the step is compiled.
+    """
+    if device.type == "cuda":
+        compile_loss(torch.square)(torch.zeros((), device=device, requires_grad=True)).backward()
+
+
 class GraphedStep:
     """``step(batch)`` as ``function(batch)``, from the fourth call on as one CUDA graph, which waits for nothing.
 

@@ -84,7 +84,7 @@ def outputs(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "line, error",
+    ("line", "error"),
     [
         ("sys.stderr.flush()", "RuntimeError: the event loop is closed"),
         ('self._publish_status_and_flush("idle", "control", self.control_stream)', "zmq.error.ZMQError: Not a socket"),
